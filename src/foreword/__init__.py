@@ -1,0 +1,98 @@
+"""foreword: prefix tuning, engineered.
+
+A few virtual tokens before the keys and values of every attention layer of a frozen transformer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foreword.attention import attention_path
+    from foreword.config import PrefixConfig
+    from foreword.errors import (
+        AttachError,
+        ConfigError,
+        DataError,
+        DivergedError,
+        ForewordError,
+        MismatchError,
+        MissingPartError,
+        PrefixFileError,
+        UnsupportedModelError,
+    )
+    from foreword.models import load_model
+    from foreword.prefix import Prefix
+    from foreword.serve.library import Library
+    from foreword.sites import Site, sites
+    from foreword.train.arguments import PrefixTrainingArguments
+    from foreword.train.trainer import PrefixTrainer
+    from foreword.tuning import Tuning, attach
+
+__version__ = "0.1.0"
+
+# Names are looked up when first used, so that `foreword --help` doesn't wait for torch.
+_HOMES = {
+    "attention_path": "attention",
+    "PrefixConfig": "config",
+    "load_model": "models",
+    "Prefix": "prefix",
+    "Library": "serve.library",
+    "Site": "sites",
+    "sites": "sites",
+    "PrefixTrainingArguments": "train.arguments",
+    "PrefixTrainer": "train.trainer",
+    "Tuning": "tuning",
+    "attach": "tuning",
+    **dict.fromkeys(
+        (
+            "AttachError",
+            "ConfigError",
+            "DataError",
+            "DivergedError",
+            "ForewordError",
+            "MismatchError",
+            "MissingPartError",
+            "PrefixFileError",
+            "UnsupportedModelError",
+        ),
+        "errors",
+    ),
+}
+
+__all__ = [
+    "AttachError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "ForewordError",
+    "Library",
+    "MismatchError",
+    "MissingPartError",
+    "Prefix",
+    "PrefixConfig",
+    "PrefixFileError",
+    "PrefixTrainer",
+    "PrefixTrainingArguments",
+    "Site",
+    "Tuning",
+    "UnsupportedModelError",
+    "attach",
+    "attention_path",
+    "load_model",
+    "sites",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'foreword' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"foreword.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,92 @@
+"""Masks for [prefix; text]: everything here is made once per forward pass and reused by every layer.
+
+A model builds its mask once and hands the same tensor to each layer, so what we derive from it is remembered by
+the tensor's identity (weakly: a mask that the model drops is dropped here as well).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_local = threading.local()
+
+
+def remembered(source: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, or what it returned last time for the same tensor and key."""
+    if torch.compiler.is_compiling():
+        return make()
+    memo: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, Tensor]] = _local.__dict__.setdefault("memo", {})
+    # A tensor made in inference mode has no version counter; nothing can change it behind our back either.
+    version = -1 if source.is_inference() else source._version
+    held = memo.get(key)
+    if held is not None and held[0]() is source and held[1] == version:
+        return held[2]
+    made = make()
+    if len(memo) >= 64:
+        memo.clear()
+    memo[key] = (weakref.ref(source), version, made)
+    return made
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bool mask (True: may see) as numbers to add to the scores; float masks as they are, in ``dtype``."""
+    if mask is None or mask.dtype == dtype:
+        return mask
+
+    def make() -> Tensor:
+        if mask.dtype != torch.bool:
+            return mask.to(dtype)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+    return remembered(mask, ("additive", dtype), make)
+
+
+def dead_rows(mask: Tensor) -> Tensor:
+    """``(B, 1|H, S|1)``: which queries see no key at all under an additive mask."""
+    return remembered(mask, ("dead",), lambda: (mask == -torch.inf).all(-1))
+
+
+def causal_mask(length: int, like: Tensor) -> Tensor:
+    """``(1, 1, S, S)`` bool: position i sees 0..i."""
+    return torch.ones(length, length, dtype=torch.bool, device=like.device).tril()[None, None]
+
+
+def extend_mask(mask: Tensor, prefix: int, visible: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A text mask with the prefix's columns before it.
+
+    Args:
+        mask: ``(B|1, 1|H, S|1, N)``, bool or additive.
+        prefix: P, the number of columns to add.
+        visible: ``(B, P)`` bool, or None when every row sees all of the prefix.
+        bias: ``(H,)`` added to the scores of the prefix, or None. Makes the mask additive.
+
+    Returns:
+        ``(B|1, 1|H, S|1, P + N)`` of the mask's dtype (of the bias's when the mask was bool).
+    """
+    if visible is None and bias is None:
+        return remembered(mask, ("extended", prefix), lambda: _prepend(mask, None, prefix))
+    columns = visible[:, None, None, :] if visible is not None else None
+    if bias is None and mask.dtype == torch.bool:
+        return _prepend(mask, columns, prefix)
+    dtype = mask.dtype if mask.dtype != torch.bool else (bias.dtype if bias is not None else torch.float32)
+    scores = torch.zeros(1, 1, 1, prefix, dtype=dtype, device=mask.device)
+    if columns is not None:
+        scores = scores.masked_fill(~columns, -torch.inf)
+    if bias is not None:
+        scores = scores + bias.to(dtype)[None, :, None, None]
+    return _prepend(additive(mask, dtype), scores, prefix)
+
+
+def _prepend(mask: Tensor | None, columns: Tensor | None, prefix: int) -> Tensor:
+    assert mask is not None
+    if columns is None:
+        fill = True if mask.dtype == torch.bool else 0
+        columns = torch.full((1, 1, 1, prefix), fill, dtype=mask.dtype, device=mask.device)
+    shape = [max(m, c) for m, c in zip(mask.shape[:3], columns.shape[:3], strict=True)]
+    return torch.cat([columns.expand(*shape, prefix), mask.expand(*shape, mask.shape[-1])], dim=-1)

@@ -1,0 +1,125 @@
+"""Forward passes: when the prefix is made anew, and where the text starts.
+
+A trained prefix is made once a pass and read by every layer, also by those that gradient checkpointing runs again
+in the backward. So what a pass made stays until the next pass begins, and a pass begins where the outermost
+transformers model is called: the whole model, or its encoder alone as generation does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from foreword import _interface
+from foreword.attention import SitePrefix
+from foreword.errors import AttachError
+
+if TYPE_CHECKING:
+    from foreword.tuning import Tuning
+
+
+class Passes:
+    """The views that a :class:`~foreword.tuning.Tuning` gives its attention sites, pass by pass."""
+
+    def __init__(self, tuning: Tuning) -> None:
+        self.tuning = tuning
+        self.views: dict[str, SitePrefix] | None = None
+        self.made_from: tuple[int, ...] | None = None
+        self.depth = 0
+        self.handles: list[Any] = []
+
+    def view(self, name: str) -> SitePrefix | None:
+        """What a site reads in this pass; None: nothing."""
+        if self.views is None:
+            self.views = self.tuning.build_views()
+        return self.views.get(name)
+
+    def install(self) -> None:
+        model = self.tuning.model
+        self.handles.append(model.register_forward_pre_hook(self._check_route))
+        if self.tuning.trainable:
+            for module in _models(model):
+                self.handles.append(module.register_forward_pre_hook(self._enter))
+                self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+        if self.tuning.position_offset:
+            self.handles.append(model.register_forward_pre_hook(self._move_text, with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.views = None
+
+    def _check_route(self, model: PreTrainedModel, args: Any) -> None:
+        name = model.config._attn_implementation_internal
+        if name is not None and not name.startswith(_interface.PREFIX):
+            raise AttachError(
+                f"the attention implementation was set to {name!r} while a prefix is attached, which would leave the "
+                "prefix out; detach, set it, and attach again"
+            )
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.depth += 1
+        if self.depth == 1:
+            self._begin(module)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.depth -= 1
+
+    def _begin(self, module: nn.Module) -> None:
+        if torch.is_grad_enabled():
+            _check_checkpointing(self.tuning.model)
+            self.views, self.made_from = None, None
+            return
+        # Generation calls the model once a token: the same parameters give the same prefix.
+        dropping = self.tuning.encoder.training and self.tuning.encoder.dropout
+        versions = None if dropping else tuple(p._version for p in self.tuning.holder.parameters())
+        if versions is None or versions != self.made_from:
+            self.views, self.made_from = None, versions
+
+    def _move_text(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Have the text start at ``position_offset``."""
+        names = list(inspect.signature(model.forward).parameters)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = _default_positions(kwargs)
+        kwargs["position_ids"] = positions + self.tuning.position_offset
+        return (), kwargs
+
+
+def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+
+
+def _default_positions(kwargs: dict[str, Any]) -> torch.Tensor:
+    """Positions of the tokens of one call, counted over real tokens as generation does: ``(B|1, S)``."""
+    inputs = kwargs.get("input_ids")
+    inputs = inputs if inputs is not None else kwargs["inputs_embeds"]
+    length, cache = inputs.shape[1], kwargs.get("past_key_values")
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    past = cache.get_seq_length() if cache is not None else 0
+    return (torch.arange(length, device=inputs.device) + past)[None]
+
+
+def _check_checkpointing(model: PreTrainedModel) -> None:
+    """Reentrant checkpointing runs a layer's graph from its inputs only: a prefix would get no gradient."""
+    if not (model.training and getattr(model, "is_gradient_checkpointing", False)):
+        return
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None:
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                raise AttachError(
+                    "reentrant gradient checkpointing gives a prefix no gradient; call "
+                    'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+                )
+            return

@@ -1,0 +1,221 @@
+"""The file format of a prefix: a folder of safetensors, JSON and a model card. Loading it never runs code.
+
+``prefix.safetensors`` holds ``<site>.keys``, ``<site>.values``, ``<site>.bias``, ``<site>.gate`` and
+``rotary.<i>.inv_freq``; ``foreword.json`` describes them. Both are checked against each other on loading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from foreword.errors import ForewordError, PrefixFileError
+from foreword.fingerprint import Fingerprint
+from foreword.positions import Rotation, group_rotations
+from foreword.sites import Site
+
+if TYPE_CHECKING:
+    from foreword.prefix import Prefix
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION, CARD = "prefix.safetensors", "foreword.json", "README.md"
+
+
+def save(prefix: Prefix, folder: Path, *, overwrite: bool) -> Path:
+    """Write a prefix folder under a temporary name, then rename it into place.
+
+    Other files that stand in the folder (a report, a trainer's state) stay.
+    """
+    existing = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if folder.exists() and not folder.is_dir():
+        raise PrefixFileError(f"{folder} is a file; a prefix is saved as a folder: choose another name")
+    if DESCRIPTION in existing and not overwrite:
+        raise PrefixFileError(f"{folder} already holds a prefix; pass overwrite=True or choose another name")
+    if CARD in existing and DESCRIPTION not in existing:
+        raise PrefixFileError(f"{folder} holds a {CARD} but no prefix; save into an empty folder")
+    tensors, description = _describe(prefix)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", "foreword": json.dumps(description)})
+            (staging / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            (staging / CARD).write_text(model_card(prefix, folder.name), encoding="utf-8")
+            _move(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as exc:
+        raise PrefixFileError(f"can't save a prefix to {folder}: {exc}") from exc
+    return folder
+
+
+def _move(staging: Path, folder: Path) -> None:
+    """Put the staged files into place: in one rename where the folder is new, else file by file.
+
+    The weights go first and carry their own description, so a save that is cut short loses nothing.
+    """
+    staging.chmod(0o755)
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    for name in (WEIGHTS, DESCRIPTION, CARD):
+        os.replace(staging / name, folder / name)
+
+
+def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    for kind, group in (
+        ("keys", prefix.keys), ("values", prefix.values), ("bias", prefix.bias), ("gate", prefix.gates),
+    ):  # fmt: skip
+        for name, tensor in group.items():
+            tensors[f"{name}.{kind}"] = tensor.detach().cpu().contiguous().clone()
+    groups, index = group_rotations(prefix.rotations)
+    for i, rotation in enumerate(groups):
+        tensors[f"rotary.{i}.inv_freq"] = rotation.inv_freq.detach().cpu().to(torch.float64).clone()
+    description = {
+        "format": FORMAT,
+        "fingerprint": prefix.fingerprint.to_json(),
+        "position_offset": prefix.position_offset,
+        "sites": [
+            {**s.to_json(), "length": prefix.length(s.name), "rotation": index.get(s.name)} for s in prefix.sites
+        ],
+        "rotations": [{"layout": r.layout, "start": r.start} for r in groups],
+        "checksum": _checksum(tensors),
+        "metadata": dict(prefix.metadata),
+    }
+    return tensors, description
+
+
+def load(folder: Path) -> Prefix:
+    """Read and check a prefix folder."""
+    description = _read_description(folder)
+    tensors, embedded = _read_tensors(folder)
+    checksum = _checksum(tensors)
+    if description.get("checksum") != checksum:
+        # A save was cut short between the two files; the weights carry their own description.
+        description = _parse(embedded, folder / WEIGHTS) if embedded else description
+    if (told := description.get("checksum")) != checksum:
+        raise PrefixFileError(
+            f"{folder}: {WEIGHTS} is not the file that {DESCRIPTION} was written with (checksum {checksum}, expected "
+            f"{told}); it was changed or damaged, save the prefix again"
+        )
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PrefixFileError(f"{folder}: {name} has numbers that are not finite; train again from an earlier state")
+    try:
+        prefix = _build(description, tensors)
+    except KeyError as exc:
+        raise PrefixFileError(f"{folder}: {exc} is missing; the folder is incomplete, save the prefix again") from exc
+    except (TypeError, ValueError, AttributeError, ForewordError) as exc:
+        raise PrefixFileError(f"{folder}: {DESCRIPTION} and {WEIGHTS} don't fit together: {exc}") from exc
+    for entry in description["sites"]:
+        if prefix.length(entry["name"]) != entry["length"]:
+            raise PrefixFileError(
+                f"{folder}: {entry['name']} has {prefix.length(entry['name'])} tokens but {DESCRIPTION} says "
+                f"{entry['length']}"
+            )
+    return prefix
+
+
+def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> Prefix:
+    from foreword.prefix import Prefix
+
+    known = {f.name for f in fields(Site)}
+    sites = [Site(**{k: v for k, v in entry.items() if k in known}) for entry in description["sites"]]
+    pick = {kind: _pick(tensors, kind) for kind in ("keys", "values", "bias", "gate")}
+    return Prefix(
+        {s.name: pick["keys"][s.name] for s in sites},
+        {s.name: pick["values"][s.name] for s in sites},
+        sites,
+        int(description["position_offset"]),
+        _rotations(description, tensors),
+        pick["bias"],
+        pick["gate"],
+        Fingerprint(**description["fingerprint"]),
+        dict(description.get("metadata", {})),
+    )
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise PrefixFileError(f"{folder} is not a folder; expected one that Prefix.save wrote")
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise PrefixFileError(f"{folder} holds no {DESCRIPTION} (it holds {there}); expected a folder of Prefix.save")
+    return _parse(path.read_bytes(), path)
+
+
+def _parse(text: bytes | str, path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError) as exc:
+        raise PrefixFileError(f"{path} is not valid JSON: {exc}") from exc
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        stated = description.get("format") if isinstance(description, dict) else None
+        raise PrefixFileError(f"{path} has format {stated!r}; this version of foreword reads format {FORMAT}")
+    return description
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors, and the description that was saved with them."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise PrefixFileError(f"{folder} holds no {WEIGHTS}; the folder is incomplete, save the prefix again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("foreword")  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as exc:
+        raise PrefixFileError(f"{path} can't be read as safetensors: {exc}") from exc
+
+
+def _pick(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    ending = f".{kind}"
+    return {name.removesuffix(ending): t for name, t in tensors.items() if name.endswith(ending)}
+
+
+def _rotations(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Rotation]:
+    groups = [
+        Rotation(tensors[f"rotary.{i}.inv_freq"], entry["layout"], int(entry["start"]))
+        for i, entry in enumerate(description["rotations"])
+    ]
+    for rotation in groups:
+        if rotation.layout not in ("half", "interleaved") or rotation.inv_freq.dim() != 1 or rotation.start < 0:
+            raise ValueError(f"a rotation of layout {rotation.layout!r} from {rotation.start} makes no sense")
+    return {e["name"]: groups[e["rotation"]] for e in description["sites"] if e["rotation"] is not None}
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def model_card(prefix: Prefix, name: str) -> str:
+    """A README for the folder, in the form that model hubs read."""
+    base = prefix.fingerprint.base_model
+    metrics = prefix.metadata.get("metrics", {})
+    rows = "".join(f"| {k} | {v:.4g} |\n" for k, v in metrics.items() if isinstance(v, int | float))
+    table = f"\n## Metrics\n\n| metric | value |\n| --- | --- |\n{rows}" if rows else ""
+    return (
+        f"---\nlibrary_name: foreword\ntags: [prefix-tuning]\n{f'base_model: {base}' + chr(10) if base else ''}---\n\n"
+        f"# {name}\n\n"
+        f"A prefix of {prefix.longest} virtual tokens at {len(prefix.sites)} attention sites of "
+        f"`{base or prefix.fingerprint.model_class}` ({prefix.num_parameters:,} numbers, {prefix.nbytes:,} bytes).\n\n"
+        f"```python\nimport foreword as fw\n\nfw.attach(model, fw.Prefix.load({name!r}))\n```\n{table}"
+    )

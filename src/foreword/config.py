@@ -1,0 +1,132 @@
+"""What a prefix should be: how long, where, from what, how trained, how strong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from foreword.errors import ConfigError
+from foreword.sites import Site
+
+DEFAULT_TEXT = (
+    "Read the text carefully, keep to its subject and style, and write what comes next: "
+    "a clear, natural and complete answer in plain words."
+)
+
+_CHOICES = {
+    "reparam": ("direct", "mlp", "low-rank"),
+    "gate": (None, "head", "zero"),
+}
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """A prefix to be trained (Li & Liang 2021, arXiv 2101.00190).
+
+    Attributes:
+        length: virtual tokens at each site; None: as many as the text of ``init`` has.
+        init: a text whose keys and values the prefix starts from (the best start by far); ``"words:good film"``
+            for words each read on its own; ``"random"``, scaled to the model's own keys and values; None for a
+            general task text.
+        repeat: whether an ``init`` text shorter than ``length`` is repeated (it is refused otherwise).
+        reparam: what is trained: ``"direct"`` the keys and values, ``"mlp"`` an MLP that makes them (the paper's,
+            with ``init="random"``; from a text, the MLP adds to it and starts at zero), ``"low-rank"`` a product
+            added to the start.
+        depth: layers of the MLP, 1 to 3. The paper has 2, with tanh between.
+        hidden: width of the MLP and of the embedding that it reads.
+        rank: rank of the low-rank product.
+        per_kind: one MLP for each attention kind (the paper's BART) instead of one for all.
+        sites: which attention sites: a regular expression over whole names, a list of names, or None for all
+            outside vision and audio towers.
+        kinds: which kinds of site: some of ``self``, ``cross``, ``encoder``.
+        lengths: other lengths by pattern over site names; the first that matches holds. 0: no prefix there.
+        gate: None; ``"head"``: a learned weight per head on the prefix, from 1; ``"zero"``: zero-initialised gated
+            attention (LLaMA-Adapter), so that training starts at the base model exactly.
+        strength: weight of the prefix against the text, 1 as trained, 0 none.
+        dropout: probability of dropping each number of the prefix in training (P-Tuning v2).
+        freeze_first: keep the first virtual token as initialised (the attention sink).
+        position_offset: position that the text starts at. 0 keeps the base model's positions.
+        seed: of the initialisation.
+    """
+
+    length: int | None = 20
+    init: str | None = None
+    repeat: bool = False
+    reparam: Literal["direct", "mlp", "low-rank"] = "direct"
+    depth: int = 2
+    hidden: int = 512
+    rank: int = 8
+    per_kind: bool = False
+    sites: str | Sequence[str] | None = None
+    kinds: Sequence[str] = ("self", "cross", "encoder")
+    lengths: Mapping[str, int] | None = None
+    gate: Literal["head", "zero"] | None = None
+    strength: float = 1.0
+    dropout: float = 0.0
+    freeze_first: bool = False
+    position_offset: int = 0
+    seed: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ConfigError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}")
+        for name, least in (("depth", 1), ("hidden", 1), ("rank", 1), ("position_offset", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"{name}={value}; expected {least} or more")
+        if self.depth > 3:
+            raise ConfigError(f"depth={self.depth}; the MLP has 1, 2 or 3 layers")
+        if self.length is not None and self.length < 1:
+            raise ConfigError(f"length={self.length}; expected 1 or more virtual tokens")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout}; expected a probability from 0 to below 1")
+        if not 0 <= self.strength < float("inf"):
+            raise ConfigError(f"strength={self.strength}; expected 0 (no prefix) or a positive factor")
+        self._check_init()
+
+    def _check_init(self) -> None:
+        if self.init is not None and not self.init.strip():
+            raise ConfigError('init is an empty text; write a few words about the task, or use init="random"')
+        if self.init == "words:" or (self.init or "").startswith("words:") and not self.init[6:].split():
+            raise ConfigError('init="words:" names no word; write e.g. init="words:film review praise"')
+        if self.length is None and (self.init is None or self.init == "random"):
+            raise ConfigError("length=None takes the length of the init text; give a text, or a length")
+        for pattern, length in (self.lengths or {}).items():
+            try:
+                re.compile(pattern)
+            except re.error as exc:
+                raise ConfigError(f"lengths has {pattern!r}, which is not a regular expression: {exc}") from None
+            if length < 0:
+                raise ConfigError(f"lengths[{pattern!r}]={length}; expected 0 (no prefix there) or more")
+
+    def site_lengths(self, chosen: Sequence[Site], length: int) -> dict[str, int]:
+        """Virtual tokens at each site, sites of length 0 left out.
+
+        Raises:
+            ConfigError: a pattern of ``lengths`` matches no site, or no site is left.
+        """
+        found: dict[str, int] = {}
+        used: set[str] = set()
+        for site in chosen:
+            found[site.name] = length
+            for pattern, n in (self.lengths or {}).items():
+                if re.fullmatch(pattern, site.name):
+                    found[site.name] = n
+                    used.add(pattern)
+                    break
+        if unused := [p for p in self.lengths or {} if p not in used]:
+            raise ConfigError(f"lengths has {unused[0]!r}, which matches no site such as {chosen[0].name!r}")
+        found = {name: n for name, n in found.items() if n}
+        if not found:
+            raise ConfigError("lengths leaves no site with a virtual token")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON can hold it; ``PrefixConfig(**...)`` reads it back."""
+        record = asdict(self)
+        record["kinds"] = list(self.kinds)
+        if self.sites is not None and not isinstance(self.sites, str):
+            record["sites"] = list(self.sites)
+        return record

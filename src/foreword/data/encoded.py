@@ -1,0 +1,65 @@
+"""The encoded training set: token ids in memory, and what encoding did to them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.utils.data import Dataset
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeStats:
+    """What ``encode`` produced, and what it cut.
+
+    Attributes:
+        examples: The number of examples.
+        input_cut: How many lost tokens from the start of their input.
+        output_cut: How many lost tokens from the end of their output, the end token among them.
+        tokens: Tokens that the model reads; with seq2seq those of the encoder and the decoder.
+        supervised_tokens: Tokens that the loss is computed on.
+        longest: The length of the longest sequence, in tokens.
+    """
+
+    examples: int
+    input_cut: int
+    output_cut: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+
+    def describe(self) -> str:
+        """Return one line for people to read."""
+        cut = [
+            f"{count:,} {side}{'s' if count > 1 else ''} cut"
+            for count, side in ((self.input_cut, "input"), (self.output_cut, "output"))
+            if count
+        ]
+        return (
+            f"{self.examples:,} example{'s' if self.examples != 1 else ''}, {self.tokens:,} tokens "
+            f"({self.supervised_tokens:,} supervised), longest {self.longest:,}; "
+            f"{', '.join(cut) or 'nothing cut'}"
+        )
+
+
+class EncodedDataset(Dataset[dict[str, list[int]]]):
+    """Token ids and labels, one pair per example.
+
+    An item is ``{"input_ids": list[int], "labels": list[int]}``, unpadded. Labels are -100 wherever there is
+    no loss. For a causal model both have the same length; for seq2seq the labels are the decoder's target.
+    """
+
+    def __init__(
+        self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], stats: EncodeStats
+    ) -> None:
+        # Arrays of 32-bit integers take a tenth of the memory of lists of Python integers.
+        self._input_ids = [array("i", ids) for ids in input_ids]
+        self._labels = [array("i", ids) for ids in labels]
+        self.stats = stats
+
+    def __len__(self) -> int:
+        return len(self._input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": list(self._input_ids[index]), "labels": list(self._labels[index])}

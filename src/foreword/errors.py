@@ -1,0 +1,43 @@
+"""The errors that foreword raises on purpose.
+
+Each message says what was wrong, what was expected and what to do next. Everything derives from
+``ForewordError``, so ``except fw.ForewordError`` catches what foreword refuses and nothing else.
+"""
+
+from __future__ import annotations
+
+
+class ForewordError(Exception):
+    """Base class of every error that foreword raises on purpose."""
+
+
+class ConfigError(ForewordError, ValueError):
+    """A configuration value is missing, malformed, or contradicts another one."""
+
+
+class UnsupportedModelError(ForewordError):
+    """The model does something that a prefix cannot be added to; the message names it."""
+
+
+class AttachError(ForewordError):
+    """A prefix cannot be attached (or detached) in the model's present state."""
+
+
+class MismatchError(ForewordError):
+    """A prefix and a model, or two prefixes, do not belong together."""
+
+
+class PrefixFileError(ForewordError):
+    """A prefix folder is missing, incomplete, corrupt, or of an unknown format."""
+
+
+class DataError(ForewordError, ValueError):
+    """Training data is unusable; the message gives the file and line."""
+
+
+class DivergedError(ForewordError):
+    """Training produced a non-finite loss or an exploding gradient and was stopped."""
+
+
+class MissingPartError(ForewordError):
+    """Something optional is not installed; the message gives the command that installs it."""

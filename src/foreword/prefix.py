@@ -1,0 +1,315 @@
+"""Prefix: the trained artefact, the keys and values that stand before the text at each attention site.
+
+A prefix is data: tensors by site name, the position that its text starts at, and what it remembers of its base
+model. It knows nothing of training; ``foreword.attach`` puts one onto a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from foreword.errors import ConfigError, MismatchError
+from foreword.fingerprint import Fingerprint, shape_differences
+from foreword.positions import Rotation, find_rotations
+from foreword.sites import Site
+from foreword.sites import sites as find_sites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values by attention site.
+
+    Attributes:
+        keys: by site name, ``(kv_heads, length, key_dim)``. Lengths may differ from site to site.
+        values: by site name, ``(kv_heads, length, value_dim)``.
+        sites: the sites that they belong to, in the model's order.
+        position_offset: where the text starts: 0 as in the base model, or P as PEFT and vLLM have it.
+        rotations: how the keys of rotary models depend on their position, by site name.
+        bias: by site name, ``(heads,)`` added to the prefix's log-sum-exp. Sites may be missing.
+        gates: by site name, ``(heads,)`` for zero-initialised gated attention. Sites may be missing.
+        fingerprint: the base model that it was made on.
+        metadata: anything JSON can hold: configuration, metrics, training.
+    """
+
+    keys: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+    sites: Sequence[Site]
+    position_offset: int = 0
+    rotations: Mapping[str, Rotation] = field(default_factory=dict)
+    bias: Mapping[str, Tensor] = field(default_factory=dict)
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
+    fingerprint: Fingerprint = field(default_factory=lambda: Fingerprint("", ""))
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.sites]
+        if set(names) != set(self.keys) or set(names) != set(self.values):
+            odd = sorted(set(names) ^ set(self.keys) | set(names) ^ set(self.values))
+            raise MismatchError(f"sites, keys and values name different sites: {odd[0]} is not in all three")
+        for site in self.sites:
+            _check_site(site, self.keys[site.name], self.values[site.name])
+            for extra, tensors in (("bias", self.bias), ("gate", self.gates)):
+                tensor = tensors.get(site.name)
+                if tensor is not None and tensor.shape != (site.heads,):
+                    raise MismatchError(
+                        f"{site.name}: the {extra} has shape {tuple(tensor.shape)}, expected ({site.heads},)"
+                    )
+
+    # ---------------------------------------------------------------- where prefixes come from
+
+    @classmethod
+    def from_text(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        *,
+        length: int | None = None,
+        position_offset: int = 0,
+    ) -> Prefix:
+        """The keys and values that a model computes for a text: an untrained prefix, or a cached system prompt.
+
+        Rotary models then answer as if prompted with the text; models with learned positions do so with
+        ``position_offset`` set to the prefix's length.
+
+        Args:
+            length: keep the first tokens of the text only; None: all of it.
+
+        Raises:
+            ConfigError: the text has no token, or fewer than ``length``.
+        """
+        from foreword.initializers import text_states
+        from foreword.tuning import require_detached
+
+        require_detached(model)
+        found = find_sites(model)
+        chosen = [s for s in found if not s.tower]
+        rotations = find_rotations(model, chosen)
+        states = text_states(model, tokenizer, text, chosen, length, position_offset, rotations)
+        return cls(
+            {n: k for n, (k, _) in states.items()},
+            {n: v for n, (_, v) in states.items()},
+            chosen,
+            position_offset,
+            rotations,
+            fingerprint=Fingerprint.of(model),
+            metadata={"text": text if len(text) <= 2000 else text[:2000] + "…"},
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        model: PreTrainedModel,
+        tensors: Mapping[str, tuple[Tensor, Tensor]],
+        *,
+        position_offset: int = 0,
+    ) -> Prefix:
+        """A prefix from keys and values made elsewhere, by site name, shapes as in :class:`Prefix`.
+
+        Raises:
+            MismatchError: a name or a shape that the model doesn't have.
+        """
+        found = {s.name: s for s in find_sites(model)}
+        for name in tensors:
+            if name not in found:
+                raise MismatchError(f"the model has no attention site {name!r}; its sites: {', '.join(found)}")
+        chosen = [s for s in found.values() if s.name in tensors]
+        return cls(
+            {n: k.detach() for n, (k, _) in tensors.items()},
+            {n: v.detach() for n, (_, v) in tensors.items()},
+            chosen,
+            position_offset,
+            find_rotations(model, chosen),
+            fingerprint=Fingerprint.of(model),
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Prefix:
+        """Read what :meth:`save` wrote. Never runs code from the folder.
+
+        Raises:
+            PrefixFileError: the folder is missing, incomplete, corrupt, or of an unknown format.
+        """
+        from foreword._prefix_file import load
+
+        return load(Path(folder))
+
+    def save(self, folder: str | Path, *, overwrite: bool = True) -> Path:
+        """Write ``prefix.safetensors``, ``foreword.json`` and ``README.md``, all of them or none.
+
+        Raises:
+            PrefixFileError: the folder holds something else, or can't be written.
+        """
+        from foreword._prefix_file import save
+
+        return save(self, Path(folder), overwrite=overwrite)
+
+    # ---------------------------------------------------------------- what is in it
+
+    def length(self, site: str) -> int:
+        """Virtual tokens at a site."""
+        if site not in self.keys:
+            raise MismatchError(f"the prefix has nothing at {site!r}; its sites: {', '.join(self.keys)}")
+        return self.keys[site].shape[1]
+
+    @property
+    def longest(self) -> int:
+        """The largest length among the sites."""
+        return max(k.shape[1] for k in self.keys.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values: sum over sites of ``length * kv_heads * (key_dim + value_dim) * itemsize``."""
+        tensors = (*self.keys.values(), *self.values.values(), *self.bias.values(), *self.gates.values())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all keys and values."""
+        return sum(t.numel() for t in (*self.keys.values(), *self.values.values()))
+
+    def __eq__(self, other: object) -> bool:
+        """Equal sites, positions and tensors, to the bit; metadata and fingerprint don't count."""
+        if not isinstance(other, Prefix):
+            return NotImplemented
+        pairs = (
+            (self.keys, other.keys), (self.values, other.values), (self.bias, other.bias), (self.gates, other.gates),
+        )  # fmt: skip
+        return self.position_offset == other.position_offset and all(
+            a.keys() == b.keys() and all(_same(a[n], b[n]) for n in a) for a, b in pairs
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        lengths = {k.shape[1] for k in self.keys.values()}
+        tokens = str(lengths.pop()) if len(lengths) == 1 else f"{min(lengths)}-{max(lengths)}"
+        return (
+            f"Prefix({tokens} virtual tokens at {len(self.sites)} sites, {self.num_parameters:,} numbers, "
+            f"{self.nbytes:,} bytes, base {self.fingerprint.base_model or self.fingerprint.model_class or '?'})"
+        )
+
+    # ---------------------------------------------------------------- changed copies
+
+    def to(self, target: torch.dtype | torch.device | str) -> Prefix:
+        """The same prefix in another dtype or on another device."""
+        return self._map(lambda t: t.to(target))
+
+    def slice(self, start: int | None = None, stop: int | None = None) -> Prefix:
+        """The virtual tokens ``start:stop`` of every site (Python's slice rules).
+
+        Raises:
+            ConfigError: nothing is left anywhere.
+        """
+        keys = {n: k[:, start:stop] for n, k in self.keys.items()}
+        if all(k.shape[1] == 0 for k in keys.values()):
+            raise ConfigError(f"slice({start}, {stop}) leaves no virtual token of {self.longest}")
+        return replace(self, keys=keys, values={n: v[:, start:stop] for n, v in self.values.items()})
+
+    def join(self, other: Prefix) -> Prefix:
+        """This prefix's tokens, then the other's; in rotary models these move back to stand before the other's.
+
+        Raises:
+            MismatchError: different sites, positions, or gates.
+        """
+        if list(self.keys) != list(other.keys):
+            raise MismatchError("the two prefixes stand at different attention sites; join needs the same ones")
+        if self.position_offset != other.position_offset:
+            raise MismatchError(
+                f"the two prefixes expect text at positions {self.position_offset} and {other.position_offset}; "
+                "shift one of them first"
+            )
+        if self.bias or other.bias or self.gates or other.gates:
+            raise MismatchError("prefixes with gates or weights per head can't be joined: the gates differ by token")
+        for name, rotation in self.rotations.items():
+            if name not in other.rotations or not rotation.equals(other.rotations[name]):
+                raise MismatchError(f"the two prefixes rotate differently at {name}: they are of different models")
+
+        def moved(name: str) -> Tensor:
+            rotation = self.rotations.get(name)
+            keys = self.keys[name]
+            return keys if rotation is None else rotation(keys, -other.keys[name].shape[1])
+
+        return replace(
+            self,
+            keys={n: torch.cat([moved(n), other.keys[n].to(self.keys[n])], dim=1) for n in self.keys},
+            values={n: torch.cat([v, other.values[n].to(v)], dim=1) for n, v in self.values.items()},
+        )
+
+    def shift(self, positions: int) -> Prefix:
+        """The same prefix for text that starts ``positions`` later: keys rotated, ``position_offset`` moved.
+
+        Raises:
+            MismatchError: the model has learned or relative positions, or the text would start before 0.
+        """
+        if positions == 0:
+            return self
+        offset = self.position_offset + positions
+        if offset < 0:
+            raise MismatchError(f"shift({positions}) would have the text start at {offset}; the least is 0")
+        still = [s.name for s in self.sites if s.kind != "cross" and s.name not in self.rotations]
+        if still:
+            raise MismatchError(
+                f"the keys of {still[0]} can't be rotated: the model has learned or relative positions (or none that "
+                "could be proved). Train or make the prefix with position_offset set instead"
+            )
+        keys = {n: self.rotations[n](k, positions) if n in self.rotations else k for n, k in self.keys.items()}
+        return replace(self, keys=keys, position_offset=offset)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Prefix:
+        groups = {f: {n: change(t) for n, t in getattr(self, f).items()} for f in ("keys", "values", "bias", "gates")}
+        return replace(self, **groups)
+
+    # ---------------------------------------------------------------- does it fit
+
+    def check_fits(self, model: PreTrainedModel, found: Sequence[Site], *, force: bool = False) -> None:
+        """Make sure that this prefix belongs to a model.
+
+        Args:
+            found: the model's sites.
+            force: accept other weights (never other shapes).
+
+        Raises:
+            MismatchError: says what differs.
+        """
+        if problems := shape_differences(self.sites, found):
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise MismatchError(
+                f"this prefix was made for {self.fingerprint.model_class or 'another model'} "
+                f"({self.fingerprint.base_model or 'unnamed'}) and doesn't fit {type(model).__name__}: "
+                f"{problems[0]}{more}"
+            )
+        difference = self.fingerprint.difference(Fingerprint.of(model))
+        if difference and not force:
+            raise MismatchError(
+                f"this prefix was made on other weights ({self.fingerprint.base_model or 'unnamed'}): {difference}. "
+                "Load that base model, or pass force=True if you know that they belong together"
+            )
+
+
+def _check_site(site: Site, keys: Tensor, values: Tensor) -> None:
+    for what, tensor, dim in (("keys", keys, site.key_dim), ("values", values, site.value_dim)):
+        length = tensor.shape[1] if tensor.dim() == 3 else -1
+        if tensor.shape != (site.kv_heads, length, dim):
+            raise MismatchError(
+                f"{site.name}: {what} have shape {tuple(tensor.shape)}, expected (kv_heads {site.kv_heads}, length, "
+                f"{'key' if what == 'keys' else 'value'}_dim {dim})"
+            )
+        if not tensor.is_floating_point():
+            raise MismatchError(f"{site.name}: {what} are {tensor.dtype}, expected a floating-point dtype")
+    if keys.shape[1] != values.shape[1]:
+        raise MismatchError(f"{site.name}: {keys.shape[1]} keys but {values.shape[1]} values")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())

@@ -1,0 +1,292 @@
+"""Which attention calls a model makes. Reads, changes nothing.
+
+There is no table of architectures: a dry run with a recording slot on every module sees each call as the model
+makes it, with its shapes, mask and scaling.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from foreword._interface import SLOT, Delegate, install, uninstall
+from foreword.errors import ConfigError, ForewordError, UnsupportedModelError
+
+Kind = Literal["self", "cross", "encoder"]
+
+# A run of different lengths in encoder and decoder tells cross attention from self attention.
+_TOKENS, _DECODER_TOKENS = 8, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One attention call of a model.
+
+    Attributes:
+        name: the attention module's name in the model, e.g. ``model.layers.3.self_attn``.
+        kind: ``self`` (causal), ``encoder`` (self attention in both directions) or ``cross``.
+        heads, kv_heads: query heads, and key/value heads as the attention function gets them.
+        key_dim, value_dim: width of one head's keys and values.
+        causal: whether a position is hidden from earlier ones.
+        sliding_window: the window in tokens, or None. A prefix is seen from outside the window as well.
+        scaling: what the scores are multiplied by.
+        tower: the part of a composite model, e.g. ``vision_config``; empty for the text or only part.
+        calls: how often one forward pass calls it (more than 1: layers that share one module).
+    """
+
+    name: str
+    kind: Kind
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    causal: bool
+    sliding_window: int | None
+    scaling: float
+    tower: str = ""
+    calls: int = 1
+
+    def parameters(self, length: int) -> int:
+        """Numbers in a prefix of ``length`` tokens here: ``length * kv_heads * (key_dim + value_dim)``."""
+        return length * self.kv_heads * (self.key_dim + self.value_dim)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One attention call as the model made it; shapes as in ``foreword.attention.attend``."""
+
+    name: str
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    kwargs: Mapping[str, Any]
+
+
+def sites(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None = None) -> list[Site]:
+    """Every attention call of a model, in the order of a forward pass.
+
+    Args:
+        model: a transformers model that looks its attention up by name (most do).
+        example_inputs: keyword arguments of one forward pass. Text models need none; image, audio and
+            vision-language models do (for a vision-language model without them: its text tower only).
+
+    Raises:
+        UnsupportedModelError: the model computes attention in its own code, or makes no attention call.
+        ConfigError: the model needs example inputs.
+    """
+    found: dict[str, Site] = {}
+    delegates = {}
+
+    def observe(call: Call, delegate_name: str) -> None:
+        previous = found.get(call.name)
+        site = _describe(call, delegate_name, model)
+        found[call.name] = site if previous is None else _again(previous)
+        delegates[call.name] = delegate_name
+
+    dry_run(model, observe, example_inputs)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} made no attention call in a dry run, so there are no keys and values to place "
+            "a prefix before (state-space and recurrent models have none)"
+        )
+    return list(found.values())
+
+
+def dry_run(
+    model: PreTrainedModel,
+    observe: Callable[[Call, str], None],
+    inputs: Mapping[str, Any] | None = None,
+) -> Any:
+    """One forward pass in eval mode without gradients, ``observe(call, delegate_name)`` at each attention call.
+
+    Raises:
+        UnsupportedModelError: the pass failed; the cause is chained.
+    """
+    inputs = text_inputs(model) if inputs is None else dict(inputs)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs.setdefault("use_cache", False)
+    with recording(model, observe), evaluating(model), torch.no_grad():
+        try:
+            return model(**inputs)
+        except ForewordError:
+            raise
+        except Exception as exc:
+            raise UnsupportedModelError(
+                f"a dry run of {type(model).__name__} failed ({type(exc).__name__}: {exc}); pass the arguments of "
+                "one working forward pass as example_inputs={...}"
+            ) from exc
+
+
+@contextmanager
+def recording(model: PreTrainedModel, observe: Callable[[Call, str], None]) -> Iterator[None]:
+    """Inside the block, every attention call of the model is shown to ``observe`` and runs without prefixes."""
+    undo = install(model)
+    previous = {}
+    try:
+        for name, module in model.named_modules():
+            previous[module] = module.__dict__.get(SLOT)
+            module.__dict__[SLOT] = _Recorder(name, observe)
+        yield
+    finally:
+        for module, slot in previous.items():
+            module.__dict__.pop(SLOT, None)
+            if slot is not None:
+                module.__dict__[SLOT] = slot
+        uninstall(undo)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorder:
+    name: str
+    observe: Callable[[Call, str], None]
+
+    def __call__(
+        self, delegate: Delegate, delegate_name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+        attention_mask: Any, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self.observe(Call(self.name, module, query, key, value, attention_mask, kwargs), delegate_name)
+        return delegate(module, query, key, value, attention_mask, **kwargs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards each module trains or not as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def text_inputs(model: PreTrainedModel, length: int = _TOKENS) -> dict[str, Tensor]:
+    """Token ids for one forward pass of a text model, ``(1, length)`` (and shorter ones for a decoder).
+
+    Raises:
+        ConfigError: the model doesn't start from token ids.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if model.main_input_name != "input_ids" or "input_ids" not in parameters:
+        raise ConfigError(
+            f"{type(model).__name__} starts from {model.main_input_name!r}, not from token ids; pass the arguments "
+            f"of one forward pass, e.g. example_inputs={{{model.main_input_name!r}: torch.zeros(...)}}"
+        )
+    config = model.config.get_text_config()
+    special = {v for k, v in model.config.to_dict().items() if k.endswith(("_token_id", "_token_index"))
+               and isinstance(v, int)}  # fmt: skip
+    ids = [i for i in range(3, min(int(config.vocab_size), 4 * length + 64)) if i not in special]
+    chosen = [ids[(7 * i) % len(ids)] for i in range(length)]
+    device = model.get_input_embeddings().weight.device
+    inputs = {"input_ids": torch.tensor([chosen], device=device)}
+    if model.config.is_encoder_decoder:
+        eos = model.config.eos_token_id
+        if isinstance(eos, int):  # BART's classification head looks for it
+            inputs["input_ids"][0, -1] = eos
+        inputs["decoder_input_ids"] = torch.tensor([chosen[:_DECODER_TOKENS]], device=device)
+    return inputs
+
+
+def _describe(call: Call, delegate_name: str, model: PreTrainedModel) -> Site:
+    query, key = call.query, call.key
+    causal = _sees_only_back(call, delegate_name)
+    if query.shape[2] != key.shape[2]:
+        kind: Kind = "cross"
+    else:
+        kind = "self" if causal else "encoder"
+    window = call.kwargs.get("sliding_window") or getattr(call.module, "sliding_window", None)
+    scaling = call.kwargs.get("scaling")
+    return Site(
+        name=call.name,
+        kind=kind,
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        key_dim=key.shape[3],
+        value_dim=call.value.shape[3],
+        causal=causal and kind != "cross",
+        sliding_window=window if isinstance(window, int) and not isinstance(window, bool) else None,
+        scaling=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+        tower=_tower(model, call.name),
+    )
+
+
+def _sees_only_back(call: Call, delegate_name: str) -> bool:
+    """From the mask where there is one (what runs), else from what the call or the module says."""
+    mask = call.mask
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == mask.shape[3]:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return not bool(allowed.triu(1).any())
+    if delegate_name == "eager":
+        return False  # eager attention hides nothing by itself
+    said = call.kwargs.get("is_causal")
+    return bool(getattr(call.module, "is_causal", True) if said is None else said)
+
+
+def _tower(model: PreTrainedModel, name: str) -> str:
+    """The sub-config whose sub-model holds a module; empty where that is the text (or the only) part."""
+    text = model.config.get_text_config(decoder=True) if model.config.sub_configs else model.config
+    parts = {id(c): key for key in model.config.sub_configs if (c := getattr(model.config, key, None)) is not None}
+    names = name.split(".")
+    for end in range(len(names), 0, -1):
+        config = getattr(model.get_submodule(".".join(names[:end])), "config", None)
+        if config is text or config is model.config:
+            return ""
+        if id(config) in parts:
+            key = parts[id(config)]
+            return "" if key in ("encoder", "decoder", "text_config") else key
+    return ""
+
+
+def _again(site: Site) -> Site:
+    return Site(**{**asdict(site), "calls": site.calls + 1})
+
+
+def select(
+    found: Sequence[Site], names: str | Sequence[str] | None = None, kinds: Sequence[str] = ("self", "cross", "encoder")
+) -> list[Site]:
+    """The sites that a prefix goes to: by regular expression (matched against whole names), list of names, kinds.
+
+    Without names: all sites outside vision and audio towers (a model that is only a tower has just the one).
+
+    Raises:
+        ConfigError: the choice is malformed or leaves nothing; the message lists what there is.
+    """
+    import re
+
+    unknown_kinds = set(kinds) - {"self", "cross", "encoder"}
+    if unknown_kinds:
+        raise ConfigError(f"kinds has {sorted(unknown_kinds)}; expected some of 'self', 'cross', 'encoder'")
+    if names is None:
+        chosen = [s for s in found if not s.tower]
+    elif isinstance(names, str):
+        try:
+            pattern = re.compile(names)
+        except re.error as exc:
+            raise ConfigError(f"sites={names!r} is not a regular expression: {exc}") from None
+        chosen = [s for s in found if pattern.fullmatch(s.name)]
+    else:
+        known = {s.name for s in found}
+        if missing := [n for n in names if n not in known]:
+            raise ConfigError(f"no attention site is named {missing[0]!r}; the model has {_listing(found)}")
+        chosen = [s for s in found if s.name in set(names)]
+    chosen = [s for s in chosen if s.kind in kinds]
+    if not chosen:
+        raise ConfigError(f"sites={names!r} with kinds={tuple(kinds)} leaves no site; the model has {_listing(found)}")
+    return chosen
+
+
+def _listing(found: Sequence[Site]) -> str:
+    shown = ", ".join(f"{s.name} ({s.kind})" for s in found[:4])
+    return shown if len(found) <= 4 else f"{shown}, … {found[-1].name} ({found[-1].kind}): {len(found)} in all"
