@@ -104,9 +104,7 @@ def test_a_model_of_another_kind_is_refused(folder: Path) -> None:
 
 
 def test_a_checkpoint_without_its_head_is_refused(tmp_path: Path) -> None:
-    config = BertConfig(
-        vocab_size=7, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
+    config = BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     BertModel(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="no weights for cls"):

@@ -6,6 +6,8 @@ A few virtual tokens before the keys and values of every attention layer of a fr
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -83,6 +85,16 @@ __all__ = [
     "load_model",
     "sites",
 ]
+
+
+class _Package(ModuleType):
+    """``foreword.sites`` is a function of ours and a file of the import system's; the function wins."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.sites if name == "sites" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
@@ -50,7 +50,7 @@ def _register(delegate_name: str) -> str:
 
     AttentionInterface.register(name, foreword_attention)
     if (mask_function := AttentionMaskInterface._global_mapping.get(delegate_name)) is not None:
-        AttentionMaskInterface.register(name, mask_function)
+        AttentionMaskInterface.register(name, cast(Callable[..., Any], mask_function))
     return name
 
 
@@ -69,8 +69,7 @@ def eager_function(cls: type[nn.Module]) -> Delegate:
             if function is not None:
                 return function
     raise UnsupportedModelError(
-        f"{cls.__name__} runs eager attention that foreword cannot find; load the model with "
-        "attn_implementation='sdpa'"
+        f"{cls.__name__} runs eager attention that foreword cannot find; load the model with attn_implementation='sdpa'"
     )
 
 

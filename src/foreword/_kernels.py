@@ -47,9 +47,7 @@ class CpuFlash:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-        )
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         if mask is not None:  # the kernel says 0 where a query sees nothing
             lse = lse.masked_fill(dead_rows(mask), -torch.inf)
         return out, lse

@@ -15,23 +15,30 @@ import torch
 from torch import Tensor
 
 _local = threading.local()
+_Held = tuple["weakref.ref[Tensor]", "Tensor | int", Tensor]  # the mask, its state, what was made of it
 
 
 def remembered(source: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
     """``make()``, or what it returned last time for the same tensor and key."""
     if torch.compiler.is_compiling():
         return make()
-    memo: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, Tensor]] = _local.__dict__.setdefault("memo", {})
-    # A tensor made in inference mode has no version counter; nothing can change it behind our back either.
-    version = -1 if source.is_inference() else source._version
+    memo: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Tensor | int, Tensor]] = _local.__dict__.setdefault(
+        "memo", {}
+    )
     held = memo.get(key)
-    if held is not None and held[0]() is source and held[1] == version:
+    if held is not None and held[0]() is source and _unchanged(source, held[1]):
         return held[2]
-    made = make()
+    with torch.inference_mode(False):  # so that what is made has a version counter in any case
+        made = make()
     if len(memo) >= 64:
         memo.clear()
-    memo[key] = (weakref.ref(source), version, made)
+    memo[key] = (weakref.ref(source), source.clone() if source.is_inference() else source._version, made)
     return made
+
+
+def _unchanged(source: Tensor, state: Tensor | int) -> bool:
+    """By the version counter; a tensor made in inference mode has none and is compared with a copy."""
+    return torch.equal(source, state) if isinstance(state, Tensor) else source._version == state
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import fields
@@ -69,7 +68,7 @@ def _move(staging: Path, folder: Path) -> None:
         staging.rename(folder)
         return
     for name in (WEIGHTS, DESCRIPTION, CARD):
-        os.replace(staging / name, folder / name)
+        (staging / name).replace(folder / name)
 
 
 def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -111,7 +110,9 @@ def load(folder: Path) -> Prefix:
         )
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise PrefixFileError(f"{folder}: {name} has numbers that are not finite; train again from an earlier state")
+            raise PrefixFileError(
+                f"{folder}: {name} has numbers that are not finite; train again from an earlier state"
+            )
     try:
         prefix = _build(description, tensors)
     except KeyError as exc:

@@ -167,7 +167,9 @@ class _Merged(torch.autograd.Function):
         w2 = torch.exp(l2 - lse)
         out = torch.lerp(o1, o2, w2.to(o1.dtype).unsqueeze(-1))  # w1 = 1 - w2
         part2 = o2 if bias is not None and bias.requires_grad else None
-        ctx.save_for_backward(q, k, v, pk, pv, bias, mask, prefix_mask, out, lse, part2, w2 if part2 is not None else None)
+        ctx.save_for_backward(
+            q, k, v, pk, pv, bias, mask, prefix_mask, out, lse, part2, w2 if part2 is not None else None
+        )
         ctx.causal, ctx.scale, ctx.kernel = causal, scale, kernel
         return out
 
@@ -179,7 +181,15 @@ class _Merged(torch.autograd.Function):
         # exp(s + bias - l) = exp(s - (l - bias)): the kernel sees the bias as a smaller log-sum-exp.
         prefix_lse = lse if bias is None else lse - bias.to(lse.dtype)[:, None]
         dq2, dpk, dpv = ctx.kernel.backward(
-            _fold(grad, pk), _fold(q, pk), pk, pv, _fold(out, pk), _fold(prefix_lse, pk), prefix_mask, False, ctx.scale
+            _fold(grad, pk),
+            _fold(q, pk),
+            pk,
+            pv,
+            _fold(out, pk),
+            _fold(prefix_lse, pk),
+            prefix_mask,
+            False,
+            ctx.scale,
         )
         dbias = None
         if ctx.needs_input_grad[5]:  # sum over the prefix of ds = p (dp - delta)
@@ -307,7 +317,13 @@ def _is_causal(module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, An
 
 
 def _merge_kernel(
-    prefix: SitePrefix, name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+    prefix: SitePrefix,
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
 ) -> Kernel | None:
     """The kernel to merge with, or None where concatenation is needed, asked for, or faster."""
     path = _PATH.get()
@@ -330,4 +346,4 @@ def _merge_kernel(
 
 def merging_pays(query: Tensor, key: Tensor, prefix: SitePrefix, mask: Any) -> bool:
     """Whether two kernel calls beat one over copied keys and values, by the sizes (benchmarks/attention.py)."""
-    return query.shape[2] > 1 
+    return query.shape[2] > 1

@@ -89,7 +89,7 @@ class PrefixConfig:
     def _check_init(self) -> None:
         if self.init is not None and not self.init.strip():
             raise ConfigError('init is an empty text; write a few words about the task, or use init="random"')
-        if self.init == "words:" or (self.init or "").startswith("words:") and not self.init[6:].split():
+        if (self.init or "").startswith("words:") and not (self.init or "")[6:].split():
             raise ConfigError('init="words:" names no word; write e.g. init="words:film review praise"')
         if self.length is None and (self.init is None or self.init == "random"):
             raise ConfigError("length=None takes the length of the init text; give a text, or a length")

@@ -7,6 +7,7 @@ not once a row. ``bake`` keeps what it gives and throws the encoder away.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +49,12 @@ class PrefixEncoder(nn.Module):
             states = [(drop(k, self.dropout), drop(v, self.dropout)) for k, v in states]
         if self.freeze_first:
             states = [
-                (torch.cat([getattr(self, f"first_keys_{i}"), k], 1), torch.cat([getattr(self, f"first_values_{i}"), v], 1))
-                for i, (k, v) in enumerate(states)
-            ]  # fmt: skip
+                (self._with_first("keys", i, k), self._with_first("values", i, v)) for i, (k, v) in enumerate(states)
+            ]
         return dict(zip(self.names, states, strict=True))
+
+    def _with_first(self, kind: str, i: int, rest: Tensor) -> Tensor:
+        return torch.cat([getattr(self, f"first_{kind}_{i}"), rest], dim=1)
 
     def _trained(self, start: Mapping[str, tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """The part of the start that is trained, as copies."""
@@ -91,7 +94,12 @@ class _Produced(PrefixEncoder):
     """Encoders that make one long row a token, cut into the sites' keys and values, and may add it to a start."""
 
     def __init__(
-        self, start: Mapping[str, tuple[Tensor, Tensor]], *, freeze_first: bool, dropout: float, residual: bool
+        self,
+        start: Mapping[str, tuple[Tensor, Tensor]],
+        *,
+        freeze_first: bool,
+        dropout: float,
+        residual: bool,
     ) -> None:
         super().__init__(start, freeze_first=freeze_first, dropout=dropout)
         trained = self._trained(start)
@@ -168,7 +176,7 @@ class MLP(_Produced):
 
 
 class LowRank(_Produced):
-    """A change of rank k to the start: ``start + P' W_up`` with P' ``(length, k)`` and W_up ``(k, all sites)``, from 0."""
+    """A change of rank k to the start: ``start + P' W_up``, P' ``(length, k)``, W_up ``(k, all sites)`` from 0."""
 
     def __init__(
         self,
@@ -186,7 +194,9 @@ class LowRank(_Produced):
         return self.cut(self.tokens @ self.up, range(len(self.names)))
 
 
-def make_encoder(config: PrefixConfig, start: Mapping[str, tuple[Tensor, Tensor]], sites: Sequence[Site]) -> PrefixEncoder:
+def make_encoder(
+    config: PrefixConfig, start: Mapping[str, tuple[Tensor, Tensor]], sites: Sequence[Site]
+) -> PrefixEncoder:
     """The encoder that a configuration asks for, beginning at ``start``.
 
     Raises:
@@ -195,7 +205,7 @@ def make_encoder(config: PrefixConfig, start: Mapping[str, tuple[Tensor, Tensor]
     shortest = min(k.shape[1] for k, _ in start.values())
     if config.freeze_first and shortest < 2:
         raise ConfigError(f"freeze_first with a site of {shortest} token leaves nothing to train; use length 2 or more")
-    shared = {"freeze_first": config.freeze_first, "dropout": config.dropout}
+    shared: dict[str, Any] = {"freeze_first": config.freeze_first, "dropout": config.dropout}
     if config.reparam == "direct":
         return Direct(start, **shared)
     with torch.random.fork_rng(devices=[]):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from foreword.config import DEFAULT_TEXT, PrefixConfig
 from foreword.errors import ConfigError, UnsupportedModelError
 from foreword.positions import Rotation
-from foreword.sites import Call, Site, dry_run
+from foreword.sites import Call, Site, dry_run, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,9 +55,7 @@ def initial_states(
     if text.startswith("words:"):
         states = word_states(model, tokenizer, text[6:].split(), chosen, longest, config.position_offset, rotations)
     else:
-        states = text_states(
-            model, tokenizer, text, chosen, longest, config.position_offset, rotations, repeat=repeat
-        )
+        states = text_states(model, tokenizer, text, chosen, longest, config.position_offset, rotations, repeat=repeat)
     made = next(iter(states.values()))[0].shape[1]
     lengths = config.site_lengths(chosen, config.length or made)
     return {n: (states[n][0][:, :p].clone(), states[n][1][:, :p].clone()) for n, p in lengths.items()}
@@ -164,8 +162,7 @@ def _states_of(model: PreTrainedModel, ids: Tensor, chosen: Sequence[Site]) -> S
             f"{shared[0].name} is called {shared[0].calls} times in a pass (layers share it), so a text gives it no "
             'single set of keys and values; use init="random"'
         )
-    device = model.get_input_embeddings().weight.device
-    inputs: dict[str, Any] = {"input_ids": ids.to(device)}
+    inputs: dict[str, Any] = {"input_ids": ids.to(input_device(model))}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     if "attention_mask" in inspect.signature(model.forward).parameters:

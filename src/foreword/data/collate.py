@@ -37,16 +37,10 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.pad_token_id, bool)
-            or not isinstance(self.pad_token_id, int)
-            or self.pad_token_id < 0
-        ):
+        if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int) or self.pad_token_id < 0:
             raise DataError(f"pad_token_id must be a token id of 0 or more; it is {self.pad_token_id!r}.")
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
-            raise DataError(
-                f"pad_to_multiple_of must be at least 1, or None; it is {self.pad_to_multiple_of!r}."
-            )
+            raise DataError(f"pad_to_multiple_of must be at least 1, or None; it is {self.pad_to_multiple_of!r}.")
 
     @classmethod
     def for_tokenizer(

@@ -89,9 +89,7 @@ def encode(
     labels: list[array[int]] = []
     for example, parts in _tokenised(examples, tokenizer, end):
         if not parts.output or parts.output == end:
-            raise DataError(
-                f"{example.source}: the output has no tokens, so there is nothing to learn from it."
-            )
+            raise DataError(f"{example.source}: the output has no tokens, so there is nothing to learn from it.")
         ids, targets, input_cut, output_cut = fit(example, parts, max_length)
         stats.add(ids, targets, input_cut, output_cut, seq2seq)
         input_ids.append(array("i", ids))
@@ -108,9 +106,7 @@ class _Counter:
     supervised_tokens: int = 0
     longest: int = 0
 
-    def add(
-        self, ids: list[int], labels: list[int], input_cut: bool, output_cut: bool, seq2seq: bool
-    ) -> None:
+    def add(self, ids: list[int], labels: list[int], input_cut: bool, output_cut: bool, seq2seq: bool) -> None:
         self.examples += 1
         self.input_cut += input_cut
         self.output_cut += output_cut
@@ -269,8 +265,6 @@ def _rendered(
     generate: bool,
 ) -> str:
     try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
-        )
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
     except Exception as error:  # a template may raise anything, from its own complaints to type errors
         raise DataError(f"{example.source}: the chat template refuses this conversation: {error}") from error

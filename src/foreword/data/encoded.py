@@ -50,9 +50,7 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
     no loss. For a causal model both have the same length; for seq2seq the labels are the decoder's target.
     """
 
-    def __init__(
-        self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], stats: EncodeStats
-    ) -> None:
+    def __init__(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], stats: EncodeStats) -> None:
         # Arrays of 32-bit integers take a tenth of the memory of lists of Python integers.
         self._input_ids = [array("i", ids) for ids in input_ids]
         self._labels = [array("i", ids) for ids in labels]

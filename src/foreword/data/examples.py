@@ -161,9 +161,7 @@ def _examples_of(
         return
     references = values["references"]
     if not isinstance(references, list | tuple) or not references:
-        raise DataError(
-            f"{place}: 'references' must be a list with at least one string, not {_shown(references)}."
-        )
+        raise DataError(f"{place}: 'references' must be a list with at least one string, not {_shown(references)}.")
     for index, reference in enumerate(references):
         yield Example(prompt, _text(place, f"references[{index}]", reference, blank=False), place)
 
@@ -174,9 +172,7 @@ def _shape_of(
     present = [shape for shape in shapes if all(columns.get(name, name) in record for name in shape)]
     if not present:
         mapped = f" columns= maps {dict(columns)!r}." if columns else ""
-        expected = "; or ".join(
-            " and ".join(repr(columns.get(name, name)) for name in shape) for shape in shapes
-        )
+        expected = "; or ".join(" and ".join(repr(columns.get(name, name)) for name in shape) for shape in shapes)
         raise DataError(
             f"{place}: columns are missing. Found: {_listed(record)}. Expected {expected}.{mapped} Say which "
             "column is which with columns={'input': 'question', 'output': 'answer'}, or {'text': 'body'}."
@@ -191,9 +187,7 @@ def _text(place: str, name: str, value: object, *, blank: bool) -> str:
     if not isinstance(value, str):
         raise DataError(f"{place}: {name!r} must be a string, not {_shown(value)}.")
     if not blank and not value.strip():
-        raise DataError(
-            f"{place}: {name!r} is blank, so there is nothing to learn from it. Remove the record."
-        )
+        raise DataError(f"{place}: {name!r} is blank, so there is nothing to learn from it. Remove the record.")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -213,9 +207,7 @@ def _conversation(place: str, value: object) -> Example:
             f"is the {messages[-1]['role']}'s."
         )
     if len(messages) < 2:
-        raise DataError(
-            f"{place}: 'messages' holds only the answer; at least one message must come before it."
-        )
+        raise DataError(f"{place}: 'messages' holds only the answer; at least one message must come before it.")
     last = len(messages) - 1
     output = _text(place, f"messages[{last}].content", messages[-1].get("content"), blank=False)
     return Example("\n".join(m.get("content") or "" for m in messages[:-1]), output, place, messages)
@@ -224,9 +216,7 @@ def _conversation(place: str, value: object) -> Example:
 def _message(place: str, index: int, message: object) -> dict[str, Any]:
     name = f"messages[{index}]"
     if not isinstance(message, Mapping):
-        raise DataError(
-            f"{place}: {name!r} must be an object with 'role' and 'content', not {_shown(message)}."
-        )
+        raise DataError(f"{place}: {name!r} must be an object with 'role' and 'content', not {_shown(message)}.")
     # Tables fill the keys that a message lacks with null, and a chat template would take them as present.
     kept = {str(key): value for key, value in message.items() if value is not None}
     role = kept.get("role")

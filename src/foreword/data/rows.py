@@ -58,9 +58,7 @@ def read_rows(source: object, split: str | None = None) -> Iterator[Row]:
     if isinstance(source, Mapping):
         return _memory_rows(_pick_split(source, split, "the dataset"), "dataset")
     if split is not None:
-        raise DataError(
-            f"split={split!r} was given, but a {type(source).__name__} has no splits; leave it out."
-        )
+        raise DataError(f"split={split!r} was given, but a {type(source).__name__} has no splits; leave it out.")
     return _memory_rows(source, "dataset" if hasattr(source, "column_names") else "list")
 
 
@@ -109,9 +107,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 line = raw[skip:].decode("utf-8")
             except UnicodeDecodeError as error:
                 at = skip + error.start
-                hint = (
-                    " It looks like UTF-16." if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-                )
+                hint = " It looks like UTF-16." if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
                 raise DataError(
                     f"{path}:{number}: not valid UTF-8 at byte offset {offset + at} of the file "
                     f"(byte 0x{raw[at]:02x}).{hint} Save the file as UTF-8."
@@ -170,9 +166,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         if _after_space(text, position + 1) != len(text):
             raise json.JSONDecodeError("something follows the list", text, _after_space(text, position + 1))
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}."
-        ) from error
+        raise DataError(f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}.") from error
     except RecursionError as error:
         raise DataError(f"{path}:{line}: JSON that is nested too deeply.") from error
 
@@ -219,9 +213,7 @@ def _csv_rows(path: Path, delimiter: str = ",") -> Iterator[Row]:
             header = _checked_header(fields, f"{path}:{start}")
             continue
         if len(fields) != len(header):
-            raise DataError(
-                f"{path}:{start}: {len(fields)} fields, but the header has {len(header)}: {header}."
-            )
+            raise DataError(f"{path}:{start}: {len(fields)} fields, but the header has {len(header)}: {header}.")
         yield f"{path}:{start}", dict(zip(header, fields, strict=True))
 
 
@@ -313,9 +305,7 @@ def _pick_split(splits: Mapping[Any, Any], split: str | None, name: str) -> obje
 
 def _memory_rows(source: object, name: str) -> Iterator[Row]:
     if not isinstance(source, Iterable):
-        raise DataError(
-            f"Cannot read records from a {type(source).__name__}; give a path or a list of dicts."
-        )
+        raise DataError(f"Cannot read records from a {type(source).__name__}; give a path or a list of dicts.")
     # A dataset formatted for torch or numpy would hand out tensors instead of text and numbers.
     records = source.with_format(None) if hasattr(source, "with_format") else source
     index = -1

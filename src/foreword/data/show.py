@@ -41,9 +41,7 @@ def batch_text(batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) 
 
 def _rows(batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> Iterator[Text]:
     inputs: list[list[int]] = batch["input_ids"].tolist()
-    masks = (
-        batch["attention_mask"].tolist() if "attention_mask" in batch else [[1] * len(ids) for ids in inputs]
-    )
+    masks = batch["attention_mask"].tolist() if "attention_mask" in batch else [[1] * len(ids) for ids in inputs]
     labels = batch["labels"].tolist() if "labels" in batch else [[_IGNORED] * len(ids) for ids in inputs]
     apart = not _labels_are_ids(inputs, labels)
     width = len(str(len(inputs)))

@@ -55,9 +55,7 @@ def text_nll(
         ConfigError: batch_size or max_length is too small.
     """
     if batch_size < 1 or max_length < 2:
-        raise ConfigError(
-            f"batch_size must be at least 1 and max_length 2, not {batch_size} and {max_length}."
-        )
+        raise ConfigError(f"batch_size must be at least 1 and max_length 2, not {batch_size} and {max_length}.")
     if prompts is not None and len(prompts) != len(texts):
         raise DataError(f"{len(texts)} texts but {len(prompts)} prompts: give one prompt a text.")
     given = prompts if prompts is not None else [""] * len(texts)
@@ -90,9 +88,7 @@ def perplexity(nlls: Iterable[float]) -> float:
         return math.inf
 
 
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, index: int, text: str, prompt: str, max_length: int
-) -> _Row:
+def _tokenize(tokenizer: PreTrainedTokenizerBase, index: int, text: str, prompt: str, max_length: int) -> _Row:
     if not text.strip():
         raise DataError(f"Text {index} is empty, so it has no likelihood. Leave it out.")
     # Special tokens go at the beginning of the whole sequence only, and none at its end.

@@ -41,9 +41,7 @@ class SentimentClassifier:
             from sklearn.feature_extraction.text import TfidfVectorizer
             from sklearn.linear_model import LogisticRegression
         except ImportError as error:
-            raise MissingPartError(
-                'Judging sentiment needs scikit-learn: pip install "foreword[demo]"'
-            ) from error
+            raise MissingPartError('Judging sentiment needs scikit-learn: pip install "foreword[demo]"') from error
         self._features: Any = TfidfVectorizer(
             ngram_range=(1, 2),
             sublinear_tf=True,
@@ -78,9 +76,7 @@ class SentimentClassifier:
     def positive_probability(self, texts: Sequence[str]) -> list[float]:
         """The probability, between 0 and 1, that each text is positive. Raises ConfigError before ``fit``."""
         if not self._fitted:
-            raise ConfigError(
-                "This sentiment classifier has not been trained: call fit, or use train_on_reviews."
-            )
+            raise ConfigError("This sentiment classifier has not been trained: call fit, or use train_on_reviews.")
         if isinstance(texts, str):
             raise DataError("positive_probability takes a list of texts, not one string.")
         if not texts:
@@ -151,9 +147,7 @@ def train_on_reviews(
     count = round(len(kept) * held_out)
     test, train = kept[:count], kept[count:]
     if not test or not train:
-        raise DataError(
-            f"{reviews} leaves {len(train)} reviews to train and {len(test)} to measure on: too few."
-        )
+        raise DataError(f"{reviews} leaves {len(train)} reviews to train and {len(test)} to measure on: too few.")
 
     pieces = [(piece, review.label) for review in train for piece in _pieces(review.text)]
     classifier.fit([text for text, _ in pieces], [label for _, label in pieces])
@@ -228,9 +222,7 @@ def _read(path: Path) -> Iterator[Review]:
             rows = csv.DictReader(file)
             absent = [column for column in _COLUMNS if column not in (rows.fieldnames or [])]
             if absent:
-                raise DataError(
-                    f"{path}, line 1: the columns {', '.join(absent)} are missing from the CSV header."
-                )
+                raise DataError(f"{path}, line 1: the columns {', '.join(absent)} are missing from the CSV header.")
             for row in rows:
                 if row["label"] not in {"0", "1"} or row["source"] is None:
                     raise DataError(

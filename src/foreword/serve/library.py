@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from foreword import _interface
 from foreword.attention import SitePrefix
 from foreword.errors import AttachError, ConfigError, MismatchError
-from foreword.positions import check_offset
 from foreword.prefix import Prefix
 from foreword.sites import Site
 from foreword.sites import sites as find_sites
@@ -66,7 +65,9 @@ class Library:
     def __getitem__(self, name: str) -> Prefix:
         if name not in self._prefixes:
             near = difflib.get_close_matches(name, self._prefixes, n=3)
-            known = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(self._prefixes) or 'none'}"
+            known = (
+                f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(self._prefixes) or 'none'}"
+            )
             raise ConfigError(f"no task is named {name!r}; {known}")
         return self._prefixes[name]
 
@@ -96,7 +97,7 @@ class Library:
         del self._prefixes[name]
 
     @contextmanager
-    def use(self, tasks: str | None | Sequence[str | None]) -> Iterator[None]:
+    def use(self, tasks: str | Sequence[str | None] | None) -> Iterator[None]:
         """Within the block the model's attention reads these tasks: one name for all rows, or one a row.
 
         None is the base model. Rows multiplied by beams or return sequences keep their task.
@@ -149,8 +150,8 @@ def _view(choice: _Choice, site: str) -> SitePrefix | None:
     if any(site in p.bias or site in p.gates for p in present):
         raise AttachError("tasks with gates can't be mixed with others in one batch; use them one at a time")
     longest = max(p.length(site) for p in present)
-    keys = torch.stack([_padded(p and p.keys[site], longest, present[0].keys[site]) for p in here])
-    values = torch.stack([_padded(p and p.values[site], longest, present[0].values[site]) for p in here])
+    keys = torch.stack([_padded(p.keys[site] if p else None, longest, present[0].keys[site]) for p in here])
+    values = torch.stack([_padded(p.values[site] if p else None, longest, present[0].values[site]) for p in here])
     lengths = torch.tensor([p.length(site) if p else 0 for p in here], device=keys.device)
     visible = torch.arange(longest, device=keys.device) < lengths[:, None]
     rows = torch.tensor(choice.rows, device=keys.device)

@@ -1,0 +1,1 @@
+"""Training: the trainer, its arguments, runs and curves."""

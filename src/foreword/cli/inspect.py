@@ -1,0 +1,88 @@
+"""`foreword inspect`: what is in a prefix folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from foreword.cli._shared import print_json
+
+if TYPE_CHECKING:
+    from foreword.prefix import Prefix
+
+
+def run(
+    folder: Annotated[Path, Argument(help="Folder of a saved prefix.")],
+    as_json: Annotated[bool, Option("--json")] = False,
+) -> None:
+    """Show a prefix: sites, lengths, bytes, norms, base model, training."""
+    from foreword.prefix import Prefix
+
+    prefix = Prefix.load(folder)
+    record = describe(prefix)
+    if as_json:
+        print_json(record)
+        return
+    _print(folder, prefix, record)
+
+
+def describe(prefix: Prefix) -> dict[str, Any]:
+    """Everything there is to say about a prefix, for JSON."""
+    sites = [
+        {
+            "name": s.name,
+            "kind": s.kind,
+            "length": prefix.length(s.name),
+            "kv_heads": s.kv_heads,
+            "key_dim": s.key_dim,
+            "value_dim": s.value_dim,
+            "sliding_window": s.sliding_window,
+            "key_norm": float(prefix.keys[s.name].float().norm(dim=-1).mean()),
+            "value_norm": float(prefix.values[s.name].float().norm(dim=-1).mean()),
+            "gated": s.name in prefix.bias or s.name in prefix.gates,
+        }
+        for s in prefix.sites
+    ]
+    return {
+        "base_model": prefix.fingerprint.base_model,
+        "model_class": prefix.fingerprint.model_class,
+        "layer_types": prefix.fingerprint.layer_types,
+        "position_offset": prefix.position_offset,
+        "rotary_sites": len(prefix.rotations),
+        "parameters": prefix.num_parameters,
+        "bytes": prefix.nbytes,
+        "dtype": str(next(iter(prefix.keys.values())).dtype).removeprefix("torch."),
+        "sites": sites,
+        "metadata": dict(prefix.metadata),
+    }
+
+
+def _print(folder: Path, prefix: Prefix, record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{folder}[/bold]: {prefix!r}")
+    console.print(f"base model {record['base_model'] or '?'} ({record['model_class']}), numbers {record['dtype']}")
+    console.print(f"text starts at position {prefix.position_offset}")
+    types = record["layer_types"]
+    without = sum(n for kind, n in types.items() if "attention" not in kind or "linear" in kind)
+    if without:
+        kinds = ", ".join(k for k in types if "attention" not in k or "linear" in k)
+        console.print(f"{without} of {sum(types.values())} layers have no attention to prefix ({kinds})")
+    table = Table("site", "kind", "tokens", "key/value heads", "key norm", "value norm", "gate")
+    for site in record["sites"]:
+        table.add_row(
+            site["name"], site["kind"], str(site["length"]),
+            f"{site['kv_heads']} × {site['key_dim']}/{site['value_dim']}",
+            f"{site['key_norm']:.2f}", f"{site['value_norm']:.2f}", "yes" if site["gated"] else "",
+        )  # fmt: skip
+    console.print(table)
+    for name, value in {
+        **record["metadata"].get("training", {}),
+        **record["metadata"].get("metrics", {}),
+    }.items():
+        typer.echo(f"{name}: {value}")

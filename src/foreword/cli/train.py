@@ -1,0 +1,165 @@
+"""`foreword train`: from a file of examples to a saved prefix."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from typer import Option
+
+from foreword.cli._shared import pairs, print_json, quiet
+from foreword.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from foreword.config import PrefixConfig
+    from foreword.data import EncodedDataset
+    from foreword.prefix import Prefix
+
+_PREFIX, _DATA, _RUN = "Prefix", "Data", "Run"
+
+
+class Reparam(StrEnum):
+    direct = "direct"
+    mlp = "mlp"
+    low_rank = "low-rank"
+
+
+class Gate(StrEnum):
+    none = "none"
+    head = "head"
+    zero = "zero"
+
+
+def run(
+    model: Annotated[str, Option(help="Base model: hub name, folder, .gguf file, or 'demo' (the packaged SmolLM2).")],
+    data: Annotated[str, Option(help="Examples: .jsonl, .csv, .parquet, or a datasets name. Columns input/output, text, messages, or input/references.")],
+    out: Annotated[Path | None, Option(help="Folder for the prefix.")] = None,
+    valid: Annotated[str | None, Option(help="Validation examples, in the same form.")] = None,
+    length: Annotated[int, Option(help="Virtual tokens.", rich_help_panel=_PREFIX)] = 20,
+    init: Annotated[str | None, Option(help="A text about the task, 'words:good film', or 'random'.", rich_help_panel=_PREFIX)] = None,
+    repeat: Annotated[bool, Option(help="Repeat an init text that is shorter than the prefix.", rich_help_panel=_PREFIX)] = False,
+    reparam: Annotated[Reparam, Option(help="What is trained.", rich_help_panel=_PREFIX)] = Reparam.direct,
+    depth: Annotated[int, Option(help="Layers of the MLP.", rich_help_panel=_PREFIX)] = 2,
+    hidden: Annotated[int, Option(help="Width of the MLP.", rich_help_panel=_PREFIX)] = 512,
+    rank: Annotated[int, Option(help="Rank of the low-rank change.", rich_help_panel=_PREFIX)] = 8,
+    sites: Annotated[str | None, Option(help="Regular expression over attention sites.", rich_help_panel=_PREFIX)] = None,
+    kinds: Annotated[str, Option(help="Kinds of site, with commas.", rich_help_panel=_PREFIX)] = "self,cross,encoder",
+    gate: Annotated[Gate, Option(help="Learned weight of the prefix.", rich_help_panel=_PREFIX)] = Gate.none,
+    dropout: Annotated[float, Option(help="Dropout on the prefix.", rich_help_panel=_PREFIX)] = 0.0,
+    freeze_first: Annotated[bool, Option(help="Keep the first token as initialised.", rich_help_panel=_PREFIX)] = False,
+    position_offset: Annotated[int, Option(help="Position that the text starts at.", rich_help_panel=_PREFIX)] = 0,
+    start: Annotated[Path | None, Option(help="Go on training this saved prefix instead.", rich_help_panel=_PREFIX)] = None,
+    column: Annotated[list[str] | None, Option(help="Map a column: input=question (several).", rich_help_panel=_DATA)] = None,
+    where: Annotated[list[str] | None, Option(help="Keep rows only: label=1 (several).", rich_help_panel=_DATA)] = None,
+    split: Annotated[str | None, Option(help="Split of a datasets name.", rich_help_panel=_DATA)] = None,
+    limit: Annotated[int | None, Option(help="Use the first N examples.", rich_help_panel=_DATA)] = None,
+    max_length: Annotated[int, Option(help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 512,
+    show_batch: Annotated[bool, Option("--show-batch", help="Print what the model will see, and stop.", rich_help_panel=_DATA)] = False,
+    steps: Annotated[int | None, Option(help="Optimizer steps (instead of epochs).", rich_help_panel=_RUN)] = None,
+    epochs: Annotated[float, Option(help="Passes over the data.", rich_help_panel=_RUN)] = 3.0,
+    batch_size: Annotated[int, Option(help="Examples a step and device.", rich_help_panel=_RUN)] = 8,
+    accumulate: Annotated[int, Option(help="Batches a step.", rich_help_panel=_RUN)] = 1,
+    learning_rate: Annotated[float | None, Option(help="Default: what suits the reparameterisation.", rich_help_panel=_RUN)] = None,
+    warmup: Annotated[float, Option(help="Warm-up: steps, or a share of them below 1.", rich_help_panel=_RUN)] = 0.1,
+    clip: Annotated[float, Option(help="Gradient norm to clip at.", rich_help_panel=_RUN)] = 1.0,
+    save_every: Annotated[int, Option(help="Steps between checkpoints.", rich_help_panel=_RUN)] = 100,
+    eval_every: Annotated[int, Option(help="Steps between validations.", rich_help_panel=_RUN)] = 50,
+    checkpointing: Annotated[bool, Option(help="Gradient checkpointing: less memory, slower.", rich_help_panel=_RUN)] = False,
+    dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, …", rich_help_panel=_RUN)] = None,
+    attn: Annotated[str | None, Option(help="Attention implementation of the base model.", rich_help_panel=_RUN)] = None,
+    seed: Annotated[int, Option(rich_help_panel=_RUN)] = 0,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=_RUN)] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
+) -> None:  # fmt: skip
+    """Train a prefix: the base model stays frozen, only the virtual tokens learn."""
+    if out is None and not show_batch:
+        raise ConfigError("--out names the folder for the prefix; give one (or --show-batch to only look at the data)")
+    quiet()
+    from rich.console import Console
+
+    from foreword.config import PrefixConfig
+    from foreword.models import load_model
+    from foreword.prefix import Prefix
+    from foreword.train.run import train_prefix
+
+    console = Console(stderr=True)
+    what: PrefixConfig | Prefix
+    if start is not None:
+        what = Prefix.load(start)
+    else:
+        what = PrefixConfig(
+            length=length, init=init, repeat=repeat, reparam=reparam.value, depth=depth, hidden=hidden, rank=rank,
+            sites=sites, kinds=tuple(k.strip() for k in kinds.split(",")), dropout=dropout, freeze_first=freeze_first,
+            gate=cast("Any", None if gate is Gate.none else gate.value), position_offset=position_offset, seed=seed,
+        )  # fmt: skip
+    reading = {
+        "columns": pairs(column or [], "--column") or None,
+        "where": pairs(where or [], "--where") or None,
+    }
+    examples = _read(data, reading, split, limit), (_read(valid, reading, split, limit) if valid else None)
+    base, tokenizer = load_model(model, dtype=dtype, attn=attn)
+    train_set, valid_set = (_encode(e, tokenizer, base, max_length) if e is not None else None for e in examples)
+    assert train_set is not None
+    console.print(f"data: {train_set.stats.describe()}")
+    if show_batch:
+        _show(train_set, tokenizer, base, batch_size)
+        return
+    assert out is not None
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate, "seed": seed,
+        "learning_rate": learning_rate, "warmup_steps": warmup, "max_grad_norm": clip, "save_steps": save_every,
+        "eval_steps": eval_every, "gradient_checkpointing": checkpointing, "num_train_epochs": epochs,
+        "max_steps": steps if steps is not None else -1,
+    }  # fmt: skip
+    result = train_prefix(
+        base,
+        tokenizer,
+        what,
+        train_set,
+        out,
+        arguments,
+        valid=valid_set,
+        resume=resume,
+        label=out.name,
+        console=console,
+    )
+    record = {
+        "out": str(out), "steps": result.steps, "interrupted": result.interrupted, "parameters": result.parameters,
+        "bytes": result.prefix.nbytes, **dict(result.prefix.metadata.get("metrics", {})),
+    }  # fmt: skip
+    if as_json:
+        print_json(record)
+    else:
+        losses = ", ".join(f"{k} {record[k]:.4f}" for k in ("loss", "eval_loss") if k in record)
+        typer.echo(f"{out}: {result.prefix!r}; {result.steps} steps, {losses}")
+    if result.interrupted:
+        typer.echo(f"interrupted; go on with --resume --out {out}", err=True)
+        raise typer.Exit(130)
+
+
+def _read(source: str, reading: dict[str, Any], split: str | None, limit: int | None) -> list[Any]:
+    from foreword.data import read_examples
+
+    return read_examples(source, split=split, limit=limit, **reading)
+
+
+def _encode(
+    examples: list[Any], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
+) -> EncodedDataset:
+    from foreword.data import encode
+
+    return encode(examples, tokenizer, max_length=max_length, seq2seq=model.config.is_encoder_decoder)
+
+
+def _show(dataset: EncodedDataset, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: int) -> None:
+    from rich.console import Console
+
+    from foreword.data import Collator, show_batch
+
+    collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
+    batch = collator([dataset[i] for i in range(min(rows, len(dataset)))])
+    Console().print(show_batch(batch, tokenizer))

@@ -1,0 +1,28 @@
+"""Continue texts with a model as it stands: one left-padded batch, only what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any
+) -> list[str]:
+    """What the model writes after each text, ``num_return_sequences`` answers a text, in order.
+
+    Args:
+        options: as for ``generate`` (``max_new_tokens``, ``do_sample``, …). The tokenizer is left as it was.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    with torch.no_grad():
+        output = cast(Any, model).generate(ids, attention_mask=mask, pad_token_id=pad, **options)
+    start = 0 if model.config.is_encoder_decoder else longest
+    return [str(t) for t in tokenizer.batch_decode(cast(torch.Tensor, output)[:, start:], skip_special_tokens=True)]

@@ -1,0 +1,99 @@
+"""What a person sees of a run: a progress bar with the loss, and a Ctrl-C that saves before it stops."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class RichProgress(TrainerCallback):
+    """One bar for a run, with the latest losses."""
+
+    def __init__(self, label: str, console: Console) -> None:
+        self.label = label
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[valid]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.bar.start()
+        self.task = self.bar.add_task(
+            self.label, total=state.max_steps, completed=state.global_step, loss="…", valid=""
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.task is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.task is None or not logs:
+            return
+        if "loss" in logs:
+            self.bar.update(self.task, loss=f"{float(logs['loss']):.3f}")
+        if "eval_loss" in logs:
+            self.bar.update(self.task, valid=f"validation {float(logs['eval_loss']):.3f}")
+
+    def close(self) -> None:
+        """Stop drawing, also after an error."""
+        self.bar.stop()
+
+
+class StopOnSignal(TrainerCallback):
+    """The first Ctrl-C saves a checkpoint after the step and stops; the second stops at once."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.console.print("stopping after this step (Ctrl-C again to stop at once) …")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,0 +1,133 @@
+"""One training run from data to a saved prefix: what `foreword train` and the demo both do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from foreword.config import PrefixConfig
+from foreword.data import Collator, EncodedDataset
+from foreword.errors import ConfigError
+from foreword.prefix import Prefix
+from foreword.train.arguments import PrefixTrainingArguments
+from foreword.train.curves import draw_curves
+from foreword.train.progress import RichProgress, StopOnSignal
+from foreword.train.trainer import PrefixTrainer, last_checkpoint
+from foreword.tuning import attach
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        prefix: the trained prefix, baked.
+        history: the Trainer's log.
+        steps: optimizer steps done.
+        interrupted: whether Ctrl-C ended it early.
+        parameters: how many numbers were trained.
+    """
+
+    prefix: Prefix
+    history: list[dict[str, Any]]
+    steps: int
+    interrupted: bool
+    parameters: int
+
+
+def train_prefix(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    what: PrefixConfig | Prefix,
+    dataset: EncodedDataset,
+    out: Path,
+    arguments: dict[str, Any],
+    *,
+    valid: EncodedDataset | None = None,
+    resume: bool = False,
+    label: str = "training",
+    console: Console | None = None,
+) -> RunResult:
+    """Train a prefix and save it into ``out``; the model is detached again at the end.
+
+    Args:
+        what: a configuration for a new prefix, or a prefix to go on training.
+        arguments: fields of :class:`PrefixTrainingArguments`.
+        resume: go on from the last whole checkpoint in ``out``.
+
+    Raises:
+        ConfigError: ``out`` holds a run already and ``resume`` was not asked for, or the reverse.
+        DivergedError: the loss or gradient left the finite; the last good prefix is in ``out/last-good``.
+    """
+    console = console or Console(stderr=True)
+    _check_out(out, resume)
+    args = _arguments(out, arguments, valid is not None)
+    set_seed(args.seed)
+    tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
+    progress, stop = RichProgress(label, console), StopOnSignal(console)
+    try:
+        trainer = PrefixTrainer(
+            model,
+            args,
+            train_dataset=dataset,
+            eval_dataset=valid,
+            data_collator=Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder),
+            callbacks=[progress, stop],
+        )
+        for noisy in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(noisy)
+        with stop:
+            trainer.train(resume_from_checkpoint=resume or None)
+        if valid is not None and not stop.asked:
+            trainer.evaluate()
+        progress.close()
+        history = list(trainer.state.log_history)
+        tuning.metadata["training"] = trainer._record()
+        tuning.metadata["metrics"] = _metrics(history)
+        prefix = tuning.bake()
+        if trainer.args.should_save:
+            prefix.save(out)
+            draw_curves({label: history}, out / "curve.png", title=f"{label}: {prefix.longest} virtual tokens")
+        return RunResult(prefix, history, trainer.state.global_step, stop.asked, tuning.num_parameters)
+    finally:
+        progress.close()
+        if tuning.attached:
+            tuning.detach()
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    found = last_checkpoint(out) if out.is_dir() else None
+    if resume and found is None:
+        raise ConfigError(f"--resume: {out} holds no whole checkpoint; leave --resume out to start anew")
+    if not resume and (out / "foreword.json").exists():
+        raise ConfigError(f"{out} holds a prefix already; choose another --out, or go on with it (--resume, --start)")
+    if not resume and found is not None:
+        raise ConfigError(f"{out} holds an unfinished run ({found.name}); pass --resume to go on, or another --out")
+
+
+def _arguments(out: Path, arguments: dict[str, Any], evaluates: bool) -> PrefixTrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(out),
+        "disable_tqdm": True,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
+    if evaluates:
+        defaults |= {"eval_strategy": "steps", "per_device_eval_batch_size": 16}
+    return PrefixTrainingArguments(**{**defaults, **arguments})
+
+
+def _metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The last losses of a run."""
+    found: dict[str, float] = {}
+    for entry in reversed(history):
+        for name in ("loss", "eval_loss"):
+            if name in entry:
+                found.setdefault(name, float(entry[name]))
+    return found

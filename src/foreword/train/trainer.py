@@ -1,0 +1,199 @@
+"""PrefixTrainer: a ``transformers.Trainer`` whose checkpoints are prefixes.
+
+Everything that Trainer does stays: schedules, accumulation, mixed precision, DDP through accelerate, callbacks. What
+differs: only the prefix is saved (a few MB, with what is needed to resume exactly), and a loss or gradient that
+leaves the finite stops the run with the last good prefix saved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import warnings
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from foreword.errors import AttachError, DivergedError, PrefixFileError
+from foreword.train.arguments import LEARNING_RATES, PrefixTrainingArguments
+from foreword.tuning import Tuning, tuning_of
+
+STATE = "training_state.safetensors"
+LAST_GOOD = "last-good"
+
+
+class PrefixTrainer(Trainer):
+    """Trains the prefix that is attached to a model.
+
+    Args:
+        model: a model with a trainable prefix on it (``fw.attach(model, fw.PrefixConfig(...))``).
+        args: :class:`PrefixTrainingArguments`, or plain ``TrainingArguments``.
+        kwargs: as for ``transformers.Trainer``.
+
+    Raises:
+        AttachError: no trainable prefix is attached.
+    """
+
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments | None = None, **kwargs: Any) -> None:
+        tuning = tuning_of(model)
+        if tuning is None or not tuning.trainable:
+            raise AttachError(
+                "PrefixTrainer trains a prefix, and this model has no trainable one; attach one first: "
+                "fw.attach(model, fw.PrefixConfig(length=20), tokenizer=tokenizer), or go on with a saved one: "
+                "fw.attach(model, prefix, trainable=True)"
+            )
+        self.tuning = tuning
+        args = args if args is not None else PrefixTrainingArguments(output_dir="runs/prefix")
+        _settle_learning_rate(args, tuning)
+        self._norms: deque[float] = deque(maxlen=50)
+        self._good: list[Tensor] = []
+        super().__init__(model, args, **kwargs)
+
+    # ---------------------------------------------------------------- watching for divergence
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss).all():
+            self._stop(f"the loss is {float(loss)}", inputs)
+        self._good = [p.detach().clone() for p in self.tuning.parameters()]
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        result = super()._clip_grad_norm(model)
+        norm = float(result)
+        if not math.isfinite(norm):
+            self._stop(f"the gradient's norm is {norm}", None)
+        factor = getattr(self.args, "explode_factor", 1000.0)
+        if len(self._norms) >= 10 and norm > factor * statistics.median(self._norms):
+            self._stop(
+                f"the gradient's norm is {norm:.3g}, {factor:g} times the usual {statistics.median(self._norms):.3g}",
+                None,
+            )
+        self._norms.append(norm)
+        return result
+
+    def _stop(self, what: str, inputs: dict[str, Any] | None) -> None:
+        """Save the last good prefix and raise."""
+        saved = ""
+        if self._good and self.args.should_save:
+            with torch.no_grad():
+                for parameter, good in zip(self.tuning.parameters(), self._good, strict=True):
+                    parameter.copy_(good)
+            folder = Path(self.args.output_dir or ".") / LAST_GOOD
+            self.tuning.bake().save(folder)
+            saved = f" The last good prefix is in {folder}."
+        batch = f" on the batch {self._batch(inputs)}" if inputs is not None else ""
+        raise DivergedError(
+            f"training diverged at step {self.state.global_step + 1}: {what}{batch}.{saved} Try a third of the "
+            f"learning rate (it was {self.args.learning_rate:g}), more warm-up or init from a text, and look at the batch"
+        )
+
+    def _batch(self, inputs: dict[str, Any]) -> str:
+        ids = inputs.get("input_ids")
+        if ids is None:
+            return ", ".join(f"{k} {tuple(v.shape)}" for k, v in inputs.items() if isinstance(v, Tensor))
+        decode = getattr(self.processing_class, "decode", None)
+        start = decode(ids[0][:24]) if decode is not None else ids[0][:24].tolist()
+        return f"of shape {tuple(ids.shape)} that begins {start!r}"
+
+    # ---------------------------------------------------------------- saving and resuming
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the prefix as it stands, and what training it goes on from."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir or ".")
+        self.tuning.metadata["training"] = self._record()
+        self.tuning.bake().save(folder)
+        temporary = folder / f".{STATE}"
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.tuning.holder.state_dict().items()}, temporary)
+        temporary.replace(folder / STATE)
+        (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def _record(self) -> dict[str, Any]:
+        """What the prefix's file says of its training."""
+        record: dict[str, Any] = {"steps": self.state.global_step, "learning_rate": self.args.learning_rate}
+        for entry in reversed(self.state.log_history):
+            for name in ("loss", "eval_loss"):
+                if name in entry and name not in record:
+                    record[name] = entry[name]
+        return record
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_training_state(self.tuning, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is None:
+            raise PrefixFileError("no checkpoint was the best one: nothing was evaluated before a checkpoint was saved")
+        load_training_state(self.tuning, Path(self.state.best_model_checkpoint))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; ``resume_from_checkpoint=True`` goes on from the last whole checkpoint, if there is one.
+
+        A checkpoint that was cut short (killed in the middle of a save) is passed over.
+        """
+        if resume_from_checkpoint is True:
+            last = last_checkpoint(Path(self.args.output_dir or "."))
+            resume_from_checkpoint = str(last) if last is not None else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; Trainer writes ``trainer_state.json`` last."""
+
+    def whole(path: Path) -> bool:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return (path / STATE).is_file()
+
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rsplit("-", 1)[1].isdigit() and whole(p)]
+    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def load_training_state(tuning: Tuning, folder: Path) -> None:
+    """Put a checkpoint's numbers into the prefix that is being trained.
+
+    Raises:
+        PrefixFileError: the checkpoint is missing, damaged, or of another configuration.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise PrefixFileError(f"{folder} holds no {STATE}; expected a checkpoint that PrefixTrainer wrote")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as exc:
+        raise PrefixFileError(f"{path} can't be read as safetensors: {exc}") from exc
+    own = tuning.holder.state_dict()
+    for name in own.keys() | state.keys():
+        mine, theirs = own.get(name), state.get(name)
+        if mine is None or theirs is None or mine.shape != theirs.shape:
+            there = tuple(theirs.shape) if theirs is not None else "absent"
+            here = tuple(mine.shape) if mine is not None else "absent"
+            raise PrefixFileError(
+                f"{folder} was trained with another configuration: {name} is {there} there and {here} here; "
+                "attach with the configuration that it was started with"
+            )
+        if not torch.isfinite(theirs).all():
+            raise PrefixFileError(f"{path}: {name} has numbers that are not finite")
+    tuning.holder.load_state_dict(state)
+
+
+def _settle_learning_rate(args: TrainingArguments, tuning: Tuning) -> None:
+    reparam = tuning.config.reparam if tuning.config is not None else "direct"
+    usual = LEARNING_RATES[reparam]
+    if args.learning_rate is None:
+        args.learning_rate = usual
+    elif args.learning_rate <= usual / 100:
+        warnings.warn(
+            f"learning_rate={args.learning_rate:g} hardly moves a prefix; {usual:g} is usual for reparam={reparam!r}",
+            stacklevel=3,
+        )
