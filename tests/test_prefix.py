@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,7 +269,7 @@ def test_overwriting(llama, tmp_path):
 def test_a_save_cut_short_loses_nothing(survivors, llama, tmp_path, monkeypatch):
     old, new = make(llama), make(llama, 5, seed=1)
     folder = old.save(tmp_path / "p")
-    replaced, done = os.replace, []
+    replaced, done = Path.replace, []
 
     def replace(*args):
         if len(done) == survivors:
@@ -276,7 +277,7 @@ def test_a_save_cut_short_loses_nothing(survivors, llama, tmp_path, monkeypatch)
         done.append(args)
         return replaced(*args)
 
-    monkeypatch.setattr(_prefix_file.os, "replace", replace)
+    monkeypatch.setattr(Path, "replace", replace)
     with pytest.raises(fw.PrefixFileError, match="power"):
         new.save(folder)
     assert fw.Prefix.load(folder) == (new if survivors else old)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _local = threading.local()
 _Held = tuple["weakref.ref[Tensor]", "Tensor | int", Tensor]  # the mask, its state, what was made of it
@@ -59,9 +59,24 @@ def dead_rows(mask: Tensor) -> Tensor:
     return remembered(mask, ("dead",), lambda: (mask == -torch.inf).all(-1))
 
 
-def causal_mask(length: int, like: Tensor) -> Tensor:
-    """``(1, 1, S, S)`` bool: position i sees 0..i."""
-    return torch.ones(length, length, dtype=torch.bool, device=like.device).tril()[None, None]
+def causal_mask(query: Tensor) -> Tensor:
+    """``(1, 1, S, S)`` bool: position i sees 0..i. The same tensor for every layer of a pass."""
+    length = query.shape[2]
+    held: Tensor | None = _local.__dict__.get("causal") if not torch.compiler.is_compiling() else None
+    if held is not None and held.shape[-1] == length and held.device == query.device:
+        return held
+    made = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
+    if not torch.compiler.is_compiling():
+        _local.causal = made
+    return made
+
+
+def is_causal(module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """transformers' own rule: without a mask, a call of more than one query is causal unless it says otherwise."""
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    return query.shape[2] > 1 and mask is None and bool(causal)
 
 
 def extend_mask(mask: Tensor, prefix: int, visible: Tensor | None, bias: Tensor | None) -> Tensor:

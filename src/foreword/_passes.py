@@ -35,16 +35,27 @@ class Passes:
     def view(self, name: str) -> SitePrefix | None:
         """What a site reads in this pass; None: nothing."""
         if self.views is None:
-            self.views = self.tuning.build_views()
+            self.views = self._built()
         return self.views.get(name)
+
+    def forget(self) -> None:
+        """Something that the views were made of has changed."""
+        self.views, self.made_from = None, None
+
+    def _built(self) -> dict[str, SitePrefix]:
+        if not torch.is_inference_mode_enabled():
+            return self.tuning.build_views()
+        # What inference mode makes can't be used in a later pass with gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.tuning.build_views()
 
     def install(self) -> None:
         model = self.tuning.model
-        self.handles.append(model.register_forward_pre_hook(self._check_route))
-        if self.tuning.trainable:
+        if self.tuning.trainable:  # before the other hooks, so that each pass that fails in one of them is left again
             for module in _models(model):
                 self.handles.append(module.register_forward_pre_hook(self._enter))
                 self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self.handles.append(model.register_forward_pre_hook(self._check_route))
         if self.tuning.position_offset:
             self.handles.append(model.register_forward_pre_hook(self._move_text, with_kwargs=True))
 
@@ -52,7 +63,7 @@ class Passes:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self.views = None
+        self.forget()
 
     def _check_route(self, model: PreTrainedModel, args: Any) -> None:
         name = model.config._attn_implementation_internal
@@ -73,7 +84,8 @@ class Passes:
     def _begin(self, module: nn.Module) -> None:
         if torch.is_grad_enabled():
             _check_checkpointing(self.tuning.model)
-            self.views, self.made_from = None, None
+            # Now and not in the first layer, whose activations gradient checkpointing throws away.
+            self.views, self.made_from = self.tuning.build_views(), None
             return
         # Generation calls the model once a token: the same parameters give the same prefix.
         dropping = self.tuning.encoder.training and self.tuning.encoder.dropout

@@ -117,7 +117,7 @@ def load(folder: Path) -> Prefix:
         prefix = _build(description, tensors)
     except KeyError as exc:
         raise PrefixFileError(f"{folder}: {exc} is missing; the folder is incomplete, save the prefix again") from exc
-    except (TypeError, ValueError, AttributeError, ForewordError) as exc:
+    except (TypeError, ValueError, AttributeError, IndexError, ForewordError) as exc:
         raise PrefixFileError(f"{folder}: {DESCRIPTION} and {WEIGHTS} don't fit together: {exc}") from exc
     for entry in description["sites"]:
         if prefix.length(entry["name"]) != entry["length"]:

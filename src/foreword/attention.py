@@ -19,7 +19,7 @@ A learned weight on the prefix is a bias added to ``l2`` (-inf: no prefix at all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from foreword._choice import merging_pays
+from foreword._concat import Delegate, concatenate
 from foreword._kernels import Kernel, kernel_for
-from foreword._masks import additive, causal_mask, extend_mask
+from foreword._masks import additive, is_causal
 from foreword.errors import AttachError, ConfigError
 
 Path = Literal["auto", "merged", "concat"]
-Delegate = Callable[..., tuple[Tensor, Tensor | None]]
 
 _PATH: ContextVar[Path] = ContextVar("foreword_path", default="auto")
 
@@ -114,8 +115,8 @@ def attend(
         return text + _gated(prefix, query, kwargs.get("scaling")).to(text), weights
     kernel = _merge_kernel(prefix, delegate_name, query, key, value, attention_mask, kwargs)
     if kernel is None:
-        return _concatenate(prefix, delegate, delegate_name, module, query, key, value, attention_mask, kwargs)
-    causal = _is_causal(module, query, attention_mask, kwargs)
+        return concatenate(prefix, delegate, delegate_name, module, query, key, value, attention_mask, kwargs)
+    causal = is_causal(module, query, attention_mask, kwargs)
     if causal and key.shape[2] > query.shape[2]:  # first pass over an empty static cache: the rest is unused
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     mask = additive(attention_mask, query.dtype)
@@ -211,82 +212,6 @@ def _unfold(x: Tensor, like: Tensor) -> Tensor:
     return x.squeeze(0).unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
 
 
-def _concatenate(
-    prefix: SitePrefix,
-    delegate: Delegate,
-    delegate_name: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """The reference path: the delegate over keys and values that begin with the prefix."""
-    batch, length = key.shape[0], prefix.length
-    if "flash" in delegate_name:
-        _check_flash(prefix, key, attention_mask, kwargs)
-    elif _is_causal(module, query, attention_mask, kwargs) and delegate_name != "eager":
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        attention_mask = causal_mask(query.shape[2], query)
-    if attention_mask is None and (prefix.visible is not None or prefix.bias is not None):
-        attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    if attention_mask is not None:
-        if delegate_name == "eager" and attention_mask.dtype == torch.bool:
-            attention_mask = additive(attention_mask, query.dtype)
-        attention_mask = _extend(attention_mask, prefix, query)
-    if (position_bias := kwargs.get("position_bias")) is not None:  # distance means nothing to a virtual token
-        kwargs["position_bias"] = torch.nn.functional.pad(position_bias, (length, 0))
-    key = torch.cat([prefix.keys.expand(batch, -1, -1, -1), key.to(query.dtype)], dim=2)
-    value = torch.cat([prefix.values.expand(batch, -1, -1, -1), value.to(query.dtype)], dim=2)
-    if "flash" not in delegate_name:
-        kwargs["is_causal"] = False  # the mask says it all, or there was nothing to hide
-    return delegate(module, query, key, value, attention_mask, **kwargs)
-
-
-def _extend(mask: Any, prefix: SitePrefix, query: Tensor) -> Any:
-    if not isinstance(mask, Tensor):  # flex attention's BlockMask
-        return _extend_block_mask(mask, prefix, query)
-    if mask.dim() == 2:  # flash: (B, N), 1 where a token is real
-        return torch.nn.functional.pad(mask, (prefix.length, 0), value=1)
-    if mask.shape[2] == 1 and query.shape[2] > 1:
-        mask = mask.expand(-1, -1, query.shape[2], -1)
-    return extend_mask(mask, prefix.length, prefix.visible, prefix.bias)
-
-
-def _extend_block_mask(mask: Any, prefix: SitePrefix, query: Tensor) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    if prefix.bias is not None:
-        raise AttachError(
-            "flex_attention cannot weigh a prefix by head here; load the model with attn_implementation='sdpa'"
-        )
-    length, inner, visible = prefix.length, mask.mask_mod, prefix.visible
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        seen = kv < length
-        if visible is not None:
-            seen = seen & visible[b, kv.clamp(max=length - 1)]
-        return seen | ((kv >= length) & inner(b, h, q, (kv - length).clamp(min=0)))
-
-    rows = query.shape[0] if visible is not None else mask.shape[0]
-    return create_block_mask(
-        mask_mod, rows, mask.shape[1], mask.seq_lengths[0], mask.seq_lengths[1] + length, device=query.device
-    )
-
-
-def _check_flash(prefix: SitePrefix, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
-    """Flash kernels align causality to the last key, so a prefix before the text is right by itself, but:"""
-    advice = "; load the model with attn_implementation='sdpa'"
-    window = kwargs.get("sliding_window")
-    if window is not None and key.shape[2] + prefix.length > window:
-        raise AttachError(f"flash attention's sliding window would hide the prefix from later positions{advice}")
-    if kwargs.get("cu_seq_lens_q") is not None:
-        raise AttachError(f"flash attention on packed sequences cannot carry a prefix{advice}")
-    if prefix.visible is not None or prefix.bias is not None:
-        raise AttachError(f"flash attention cannot mix prefixes of different lengths or weigh them{advice}")
-
-
 def _gated(prefix: SitePrefix, query: Tensor, scaling: float | None) -> Tensor:
     """``gate * softmax(q P_k^T) P_v``: ``(B, S, H, value_dim)``; zero for rows without a prefix."""
     assert prefix.gate is not None
@@ -306,14 +231,6 @@ def _gated(prefix: SitePrefix, query: Tensor, scaling: float | None) -> Tensor:
     if seen is not None:
         out = torch.where(seen, out, 0.0)
     return (out * prefix.gate[:, None, None]).transpose(1, 2)
-
-
-def _is_causal(module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-    """transformers' own rule: without a mask, a call of more than one query is causal unless it says otherwise."""
-    causal = kwargs.get("is_causal")
-    if causal is None:
-        causal = getattr(module, "is_causal", True)
-    return query.shape[2] > 1 and mask is None and bool(causal)
 
 
 def _merge_kernel(
@@ -342,8 +259,3 @@ def _merge_kernel(
     if path == "auto" and not merging_pays(query, key, prefix, mask):
         return None
     return kernel
-
-
-def merging_pays(query: Tensor, key: Tensor, prefix: SitePrefix, mask: Any) -> bool:
-    """Whether two kernel calls beat one over copied keys and values, by the sizes (benchmarks/attention.py)."""
-    return query.shape[2] > 1

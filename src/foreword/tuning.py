@@ -8,7 +8,7 @@ optimizers and DDP see its parameters. Detaching takes all of it off again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +141,13 @@ class PrefixHolder(nn.Module):
         self.encoder = encoder
         self.bias = nn.ParameterDict()
         self.gate = nn.ParameterDict()
+        self.moved: Callable[[], None] | None = None  # called after .to(), .half() and their like
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixHolder:
+        super()._apply(fn, recurse)
+        if self.moved is not None:
+            self.moved()
+        return self
 
 
 class Tuning:
@@ -168,9 +175,10 @@ class Tuning:
         self.metadata: dict[str, Any] = {}
         self.holder = PrefixHolder(encoder)
         self.trainable = False
+        self._passes = Passes(self)
+        self.holder.moved = self._passes.forget
         self._strength = 1.0
         self.strength = strength
-        self._passes = Passes(self)
         self._undo: list[Any] = []
         self._frozen: list[nn.Parameter] = []
 
@@ -192,6 +200,7 @@ class Tuning:
         if not 0 <= value < math.inf:
             raise ConfigError(f"strength={value}; expected 0 (no prefix) or a positive factor")
         self._strength = float(value)
+        self._passes.forget()
 
     @cached_property
     def rotations(self) -> dict[str, Rotation]:
@@ -243,7 +252,7 @@ class Tuning:
                 states[site.name][0].unsqueeze(0),
                 states[site.name][1].unsqueeze(0),
                 bias=self._bias(i),
-                gate=self._gate(i),
+                gate=self._gate(i, self._strength),
             )
             for i, site in enumerate(self.sites)
         }
@@ -259,11 +268,11 @@ class Tuning:
             return torch.full((self.sites[i].heads,), math.log(self._strength), device=device)
         return learned + math.log(self._strength)
 
-    def _gate(self, i: int) -> Tensor | None:
+    def _gate(self, i: int, strength: float = 1.0) -> Tensor | None:
         if str(i) not in self.holder.gate:
             return None
         gate: Tensor = self.holder.gate[str(i)]
-        return (torch.tanh(gate) if self.trainable else gate) * self._strength
+        return (torch.tanh(gate) if self.trainable else gate) * strength
 
     # ---------------------------------------------------------------- baking and detaching
 
@@ -280,7 +289,7 @@ class Tuning:
         if self.config is not None:
             metadata["config"] = self.config.to_json()
         gates = {
-            s.name: g.detach().clone() / (self._strength or 1)
+            s.name: g.detach().clone()
             for i, s in enumerate(self.sites) if (g := self._gate(i)) is not None
         }  # fmt: skip
         bias = {s.name: self.holder.bias[str(i)].detach().clone() for i, s in enumerate(self.sites)

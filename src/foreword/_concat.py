@@ -1,0 +1,111 @@
+"""The reference path: the model's own attention over keys and values that begin with the prefix.
+
+Works with every delegate. Its mask and position bias are extended by the prefix's columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from foreword._masks import additive, causal_mask, extend_mask, is_causal
+from foreword.errors import AttachError
+
+if TYPE_CHECKING:
+    from foreword.attention import SitePrefix
+
+Delegate = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def concatenate(
+    prefix: SitePrefix,
+    delegate: Delegate,
+    delegate_name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The reference path: the delegate over keys and values that begin with the prefix."""
+    batch, length = key.shape[0], prefix.length
+    on_cpu = delegate_name == "sdpa" and query.device.type == "cpu" and kwargs.get("position_bias") is None
+    wants_numbers = delegate_name == "eager" or on_cpu
+    if "flash" in delegate_name:
+        _check_flash(prefix, key, attention_mask, kwargs)
+    elif is_causal(module, query, attention_mask, kwargs) and delegate_name != "eager":
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        attention_mask = causal_mask(query)
+    if attention_mask is None and (prefix.visible is not None or prefix.bias is not None):
+        attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    if attention_mask is not None:
+        if wants_numbers and isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:
+            attention_mask = additive(attention_mask, query.dtype)
+        attention_mask = _extend(attention_mask, prefix, query)
+    if (position_bias := kwargs.get("position_bias")) is not None:  # distance means nothing to a virtual token
+        kwargs["position_bias"] = torch.nn.functional.pad(position_bias, (length, 0))
+    key = torch.cat([prefix.keys.expand(batch, -1, -1, -1), key.to(query.dtype)], dim=2)
+    value = torch.cat([prefix.values.expand(batch, -1, -1, -1), value.to(query.dtype)], dim=2)
+    if on_cpu and query.shape[1] != key.shape[1] and kwargs.get("softcap") is None:
+        return _grouped_sdpa(query, key, value, attention_mask, kwargs), None
+    if "flash" not in delegate_name:
+        kwargs["is_causal"] = False  # the mask says it all, or there was nothing to hide
+    return delegate(module, query, key, value, attention_mask, **kwargs)
+
+
+def _grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    """What the sdpa delegate computes, without the copies of keys and values that it makes for grouped heads.
+
+    The CPU kernel takes grouped heads as they are, also under a mask; transformers repeats them there.
+    """
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, kwargs.get("dropout") or 0.0, scale=kwargs.get("scaling"), enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _extend(mask: Any, prefix: SitePrefix, query: Tensor) -> Any:
+    if not isinstance(mask, Tensor):  # flex attention's BlockMask
+        return _extend_block_mask(mask, prefix, query)
+    if mask.dim() == 2:  # flash: (B, N), 1 where a token is real
+        return torch.nn.functional.pad(mask, (prefix.length, 0), value=1)
+    if mask.shape[2] == 1 and query.shape[2] > 1:
+        mask = mask.expand(-1, -1, query.shape[2], -1)
+    return extend_mask(mask, prefix.length, prefix.visible, prefix.bias)
+
+
+def _extend_block_mask(mask: Any, prefix: SitePrefix, query: Tensor) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if prefix.bias is not None:
+        raise AttachError(
+            "flex_attention cannot weigh a prefix by head here; load the model with attn_implementation='sdpa'"
+        )
+    length, inner, visible = prefix.length, mask.mask_mod, prefix.visible
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        seen = kv < length
+        if visible is not None:
+            seen = seen & visible[b, kv.clamp(max=length - 1)]
+        return seen | ((kv >= length) & inner(b, h, q, (kv - length).clamp(min=0)))
+
+    rows = query.shape[0] if visible is not None else mask.shape[0]
+    return create_block_mask(
+        mask_mod, rows, mask.shape[1], mask.seq_lengths[0], mask.seq_lengths[1] + length, device=query.device
+    )
+
+
+def _check_flash(prefix: SitePrefix, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
+    """Flash kernels align causality to the last key, so a prefix before the text is right by itself, but:"""
+    advice = "; load the model with attn_implementation='sdpa'"
+    window = kwargs.get("sliding_window")
+    if window is not None and key.shape[2] + prefix.length > window:
+        raise AttachError(f"flash attention's sliding window would hide the prefix from later positions{advice}")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise AttachError(f"flash attention on packed sequences cannot carry a prefix{advice}")
+    if prefix.visible is not None or prefix.bias is not None:
+        raise AttachError(f"flash attention cannot mix prefixes of different lengths or weigh them{advice}")
