@@ -43,7 +43,7 @@ class Passes:
         self.views, self.made_from = None, None
 
     def _built(self) -> dict[str, SitePrefix]:
-        if not torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return self.tuning.build_views()
         # What inference mode makes can't be used in a later pass with gradients.
         with torch.inference_mode(False), torch.no_grad():

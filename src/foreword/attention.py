@@ -243,7 +243,7 @@ def _merge_kernel(
     kwargs: dict[str, Any],
 ) -> Kernel | None:
     """The kernel to merge with, or None where concatenation is needed, asked for, or faster."""
-    path = _PATH.get()
+    path = "auto" if torch.compiler.is_compiling() else _PATH.get()
     if path == "concat" or name != "sdpa" or kwargs.get("dropout"):
         return None
     if any(kwargs.get(k) is not None for k in ("softcap", "s_aux", "position_bias", "cache")):

@@ -79,6 +79,8 @@ def load_model(
         )
     if where is not None:
         model.to(where)
+    if (converted := re.fullmatch(r"(.+)-[0-9a-f]{16}", Path(source).name)) and cache_dir() in Path(source).parents:
+        model.config._name_or_path = converted[1]  # what a prefix remembers of its base: the file, not our cache
     return model.eval(), tokenizer
 
 

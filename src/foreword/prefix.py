@@ -113,13 +113,18 @@ class Prefix:
         tensors: Mapping[str, tuple[Tensor, Tensor]],
         *,
         position_offset: int = 0,
+        example_inputs: Mapping[str, Any] | None = None,
     ) -> Prefix:
         """A prefix from keys and values made elsewhere, by site name, shapes as in :class:`Prefix`.
+
+        Args:
+            position_offset: where the text starts that they are for: P for prefixes of PEFT or vLLM.
+            example_inputs: one forward pass's arguments, for models that don't start from token ids.
 
         Raises:
             MismatchError: a name or a shape that the model doesn't have.
         """
-        found = {s.name: s for s in find_sites(model)}
+        found = {s.name: s for s in find_sites(model, example_inputs)}
         for name in tensors:
             if name not in found:
                 raise MismatchError(f"the model has no attention site {name!r}; its sites: {', '.join(found)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 import foreword as fw
@@ -9,6 +12,12 @@ import zoo
 from foreword.data import Collator
 
 STEPS = 6
+HERE = Path(__file__).parent
+# For processes that tests start: one thread, no network, and this folder's modules.
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+}  # fmt: skip
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "remove_unused_columns": False}
 
 

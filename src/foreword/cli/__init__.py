@@ -22,10 +22,10 @@ for command in (train, generate, inspect, demo, doctor):
 
 
 def main() -> None:
-    """Run a command; foreword's own errors are one plain message, Ctrl-C is quiet."""
+    """Run a command; foreword's own errors and the system's are one plain message, Ctrl-C is quiet."""
     try:
         app()
-    except ForewordError as exc:
+    except (ForewordError, OSError) as exc:
         typer.secho(f"error: {exc}", fg=typer.colors.RED, err=True)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -62,7 +62,7 @@ def describe(prefix: Prefix) -> dict[str, Any]:
 
 def _print(folder: Path, prefix: Prefix, record: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
     console.print(f"[bold]{folder}[/bold]: {prefix!r}")
@@ -73,7 +73,15 @@ def _print(folder: Path, prefix: Prefix, record: dict[str, Any]) -> None:
     if without:
         kinds = ", ".join(k for k in types if "attention" not in k or "linear" in k)
         console.print(f"{without} of {sum(types.values())} layers have no attention to prefix ({kinds})")
-    table = Table("site", "kind", "tokens", "key/value heads", "key norm", "value norm", "gate")
+    table = Table(
+        Column("site", overflow="fold", min_width=26),
+        "kind",
+        "tokens",
+        "key/value heads",
+        "key norm",
+        "value norm",
+        "gate",
+    )
     for site in record["sites"]:
         table.add_row(
             site["name"], site["kind"], str(site["length"]),

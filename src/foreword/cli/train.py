@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -56,18 +57,18 @@ def run(
     column: Annotated[list[str] | None, Option(help="Map a column: input=question (several).", rich_help_panel=_DATA)] = None,
     where: Annotated[list[str] | None, Option(help="Keep rows only: label=1 (several).", rich_help_panel=_DATA)] = None,
     split: Annotated[str | None, Option(help="Split of a datasets name.", rich_help_panel=_DATA)] = None,
-    limit: Annotated[int | None, Option(help="Use the first N examples.", rich_help_panel=_DATA)] = None,
-    max_length: Annotated[int, Option(help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 512,
+    limit: Annotated[int | None, Option(min=1, help="Use the first N examples.", rich_help_panel=_DATA)] = None,
+    max_length: Annotated[int, Option(min=1, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 512,
     show_batch: Annotated[bool, Option("--show-batch", help="Print what the model will see, and stop.", rich_help_panel=_DATA)] = False,
-    steps: Annotated[int | None, Option(help="Optimizer steps (instead of epochs).", rich_help_panel=_RUN)] = None,
+    steps: Annotated[int | None, Option(min=1, help="Optimizer steps (instead of epochs).", rich_help_panel=_RUN)] = None,
     epochs: Annotated[float, Option(help="Passes over the data.", rich_help_panel=_RUN)] = 3.0,
-    batch_size: Annotated[int, Option(help="Examples a step and device.", rich_help_panel=_RUN)] = 8,
-    accumulate: Annotated[int, Option(help="Batches a step.", rich_help_panel=_RUN)] = 1,
+    batch_size: Annotated[int, Option(min=1, help="Examples a step and device.", rich_help_panel=_RUN)] = 8,
+    accumulate: Annotated[int, Option(min=1, help="Batches a step.", rich_help_panel=_RUN)] = 1,
     learning_rate: Annotated[float | None, Option(help="Default: what suits the reparameterisation.", rich_help_panel=_RUN)] = None,
-    warmup: Annotated[float, Option(help="Warm-up: steps, or a share of them below 1.", rich_help_panel=_RUN)] = 0.1,
-    clip: Annotated[float, Option(help="Gradient norm to clip at.", rich_help_panel=_RUN)] = 1.0,
-    save_every: Annotated[int, Option(help="Steps between checkpoints.", rich_help_panel=_RUN)] = 100,
-    eval_every: Annotated[int, Option(help="Steps between validations.", rich_help_panel=_RUN)] = 50,
+    warmup: Annotated[float, Option(min=0, help="Warm-up: steps, or a share of them below 1.", rich_help_panel=_RUN)] = 0.1,
+    clip: Annotated[float, Option(min=0, help="Gradient norm to clip at.", rich_help_panel=_RUN)] = 1.0,
+    save_every: Annotated[int, Option(min=1, help="Steps between checkpoints.", rich_help_panel=_RUN)] = 100,
+    eval_every: Annotated[int, Option(min=1, help="Steps between validations.", rich_help_panel=_RUN)] = 50,
     checkpointing: Annotated[bool, Option(help="Gradient checkpointing: less memory, slower.", rich_help_panel=_RUN)] = False,
     dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, …", rich_help_panel=_RUN)] = None,
     attn: Annotated[str | None, Option(help="Attention implementation of the base model.", rich_help_panel=_RUN)] = None,
@@ -78,6 +79,9 @@ def run(
     """Train a prefix: the base model stays frozen, only the virtual tokens learn."""
     if out is None and not show_batch:
         raise ConfigError("--out names the folder for the prefix; give one (or --show-batch to only look at the data)")
+    for name, value in (("--learning-rate", learning_rate), ("--epochs", epochs)):
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} {value}; expected a number above 0")
     quiet()
     from rich.console import Console
 

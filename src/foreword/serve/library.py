@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,15 +37,18 @@ class Library:
     ``use`` holds in its own context only, so threads and asyncio tasks don't disturb each other. Without ``use``
     the model is the base model.
 
+    Args:
+        example_inputs: one forward pass's arguments, for models that don't start from token ids.
+
     Raises:
         AttachError: the model has a prefix attached already.
         UnsupportedModelError: nothing can be placed before this model's keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, example_inputs: Mapping[str, Any] | None = None) -> None:
         require_detached(model)
         self.model = model
-        self.sites: list[Site] = find_sites(model)
+        self.sites: list[Site] = find_sites(model, example_inputs)
         self._prefixes: dict[str, Prefix] = {}
         self._choice: ContextVar[_Choice | None] = ContextVar("foreword_choice", default=None)
         self._undo = _interface.install(model)

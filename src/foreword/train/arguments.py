@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
@@ -20,6 +19,7 @@ class PrefixTrainingArguments(TrainingArguments):
         learning_rate: None chooses by what is trained: 2e-2 for keys and values themselves, 5e-3 for the low-rank
             product, 1e-3 for the MLP.
         explode_factor: a gradient norm this many times the median of the last 50 stops the run.
+        report_to: None means TensorBoard where it is installed; ``"none"`` means nowhere.
     """
 
     learning_rate: float | None = None  # type: ignore[assignment]
@@ -27,10 +27,15 @@ class PrefixTrainingArguments(TrainingArguments):
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 8
     logging_steps: float = 5
-    explode_factor: float = field(default=1000.0)
-    gradient_checkpointing_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"use_reentrant": False})
+    explode_factor: float = 1000.0
+    report_to: str | list[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.report_to in (None, [], "none") and importlib.util.find_spec("tensorboard"):
-            self.report_to = ["tensorboard"]
+        if self.report_to is None:
+            self.report_to = ["tensorboard"] if importlib.util.find_spec("tensorboard") else "none"
+        # The field was renamed within transformers 5; the old name still works there, with a warning.
+        new = hasattr(self, "activation_checkpointing_kwargs")
+        name = "activation_checkpointing_kwargs" if new else "gradient_checkpointing_kwargs"
+        if getattr(self, name) is None and self.gradient_checkpointing_kwargs is None:
+            setattr(self, name, {"use_reentrant": False})
         super().__post_init__()

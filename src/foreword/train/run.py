@@ -15,7 +15,6 @@ from foreword.data import Collator, EncodedDataset
 from foreword.errors import ConfigError
 from foreword.prefix import Prefix
 from foreword.train.arguments import PrefixTrainingArguments
-from foreword.train.curves import draw_curves
 from foreword.train.progress import RichProgress, StopOnSignal
 from foreword.train.trainer import PrefixTrainer, last_checkpoint
 from foreword.tuning import attach
@@ -92,7 +91,6 @@ def train_prefix(
         prefix = tuning.bake()
         if trainer.args.should_save:
             prefix.save(out)
-            draw_curves({label: history}, out / "curve.png", title=f"{label}: {prefix.longest} virtual tokens")
         return RunResult(prefix, history, trainer.state.global_step, stop.asked, tuning.num_parameters)
     finally:
         progress.close()
@@ -101,6 +99,12 @@ def train_prefix(
 
 
 def _check_out(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give the name of a folder for the prefix")
+    if (out / "README.md").exists() and not (out / "foreword.json").exists():
+        raise ConfigError(
+            f"{out} holds a README.md of something else, which a prefix would replace; give another folder"
+        )
     found = last_checkpoint(out) if out.is_dir() else None
     if resume and found is None:
         raise ConfigError(f"--resume: {out} holds no whole checkpoint; leave --resume out to start anew")

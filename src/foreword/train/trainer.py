@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from foreword.errors import AttachError, DivergedError, PrefixFileError
 from foreword.train.arguments import LEARNING_RATES, PrefixTrainingArguments
+from foreword.train.curves import draw_curves
 from foreword.tuning import Tuning, tuning_of
 
 STATE = "training_state.safetensors"
@@ -92,7 +93,7 @@ class PrefixTrainer(Trainer):
         batch = f" on the batch {self._batch(inputs)}" if inputs is not None else ""
         raise DivergedError(
             f"training diverged at step {self.state.global_step + 1}: {what}{batch}.{saved} Try a third of the "
-            f"learning rate (it was {self.args.learning_rate:g}), more warm-up or init from a text, and look at the batch"
+            f"learning rate (it was {self.args.learning_rate:g}), more warm-up or init from a text; look at the batch"
         )
 
     def _batch(self, inputs: dict[str, Any]) -> str:
@@ -135,14 +136,19 @@ class PrefixTrainer(Trainer):
         load_training_state(self.tuning, Path(self.state.best_model_checkpoint))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; ``resume_from_checkpoint=True`` goes on from the last whole checkpoint, if there is one.
+        """Train, and draw the loss curve (``curve.png``).
 
-        A checkpoint that was cut short (killed in the middle of a save) is passed over.
+        ``resume_from_checkpoint=True`` goes on from the last whole checkpoint, if there is one; one that was cut
+        short (killed in the middle of a save) is passed over.
         """
         if resume_from_checkpoint is True:
             last = last_checkpoint(Path(self.args.output_dir or "."))
             resume_from_checkpoint = str(last) if last is not None else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.args.should_save and self.state.log_history:
+            folder = Path(self.args.output_dir or ".")
+            draw_curves({folder.name: self.state.log_history}, folder / "curve.png")
+        return result
 
 
 def last_checkpoint(folder: Path) -> Path | None:

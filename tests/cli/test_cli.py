@@ -1,0 +1,324 @@
+"""The commands, run in process and as processes: what they print, what they leave, how they refuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import foreword as fw
+import zoo
+from foreword import cli
+
+PROMPTS = ("The film is", "There is a place")
+
+
+def call(capsys, monkeypatch, *arguments):
+    """Run the command as `main` does; returns its exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as exc:
+        code = exc.code or 0
+    done = capsys.readouterr()
+    return code, done.out, done.err
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    return lambda *arguments: call(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture(scope="session")
+def trained(folder, data, tmp_path_factory):
+    """A prefix that `foreword train` made, and what it printed."""
+    out = tmp_path_factory.mktemp("trained") / "film"
+    result = CliRunner().invoke(cli.app, [
+        "train", "--model", str(folder), "--data", str(data), "--valid", str(data), "--out", str(out), "--length", "4",
+        "--init", "random", "--steps", "6", "--batch-size", "4", "--eval-every", "3", "--json",
+    ])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return out, json.loads(result.stdout)
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["", "train", "generate", "inspect", "demo", "doctor"])
+def test_help_says_what_there_is(command):
+    result = CliRunner().invoke(cli.app, [command, "--help"] if command else ["--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    wanted = ("train", "generate", "inspect", "demo", "doctor") if not command else ("--help", "Usage")
+    assert all(w in result.stdout for w in wanted)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, time; t = time.process_time(); sys.argv = ['foreword', 'train', '--help']\n"
+        "from foreword.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "spent = time.process_time() - t\n"
+        "assert spent < 3, spent\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--reparam" in done.stdout
+
+
+# ---------------------------------------------------------------- the round trip
+
+
+def test_train_reports_and_saves(trained):
+    out, record = trained
+    prefix = fw.Prefix.load(out)
+    assert record["out"] == str(out) and record["steps"] == 6 and record["interrupted"] is False
+    assert record["parameters"] == prefix.num_parameters == 256 and record["bytes"] == prefix.nbytes
+    assert record["loss"] > 0 and record["eval_loss"] == prefix.metadata["metrics"]["eval_loss"]
+    assert (out / "curve.png").exists() and (out / "README.md").exists()
+
+
+def test_inspect_tells_what_is_in_it(run, trained):
+    code, out, err = run("inspect", trained[0], "--json")
+    record = json.loads(out)
+    assert code == 0 and not err
+    assert record["parameters"] == 256 and record["model_class"] == "LlamaForCausalLM" and record["rotary_sites"] == 2
+    assert [s["name"] for s in record["sites"]] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    assert all(
+        s["length"] == 4 and s["kv_heads"] == 2 and s["key_norm"] > 0 and not s["gated"] for s in record["sites"]
+    )
+    code, out, err = run("inspect", trained[0])
+    assert code == 0 and "eval_loss" in out and "LlamaForCausalLM" in out
+
+
+def generate(run, folder, *arguments):
+    code, out, err = run("generate", "--model", folder, "--max-new-tokens", 8, *arguments)
+    assert code == 0, err
+    return json.loads(out) if "--json" in arguments else out
+
+
+def test_generate_writes_with_the_prefix(run, folder, trained):
+    """The texts are those of the library calls, and the prefix changes them."""
+    alone = generate(run, folder, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--json")
+    with_prefix = generate(
+        run, folder, "--prefix", trained[0], "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--json"
+    )
+    off = generate(
+        run, folder, "--prefix", trained[0], "--strength", 0, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--json"
+    )
+    assert [r["prompt"] for r in alone] == list(PROMPTS) and alone == off != with_prefix
+    model = zoo.build("llama")
+    fw.attach(model, fw.Prefix.load(trained[0]))
+    for record in with_prefix:
+        ids = torch.tensor([zoo.tokenizer()(record["prompt"])["input_ids"]])
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert record["texts"] == [zoo.tokenizer().decode(made[0, ids.shape[1] :], skip_special_tokens=True)]
+
+
+def test_one_prompt_streams_the_text_that_json_has(run, folder, trained):
+    given = ("--prefix", trained[0], "--prompt", PROMPTS[0])
+    want = generate(run, folder, *given, "--json")[0]["texts"][0]
+    assert generate(run, folder, *given).strip() == (PROMPTS[0] + want).strip()
+    assert generate(run, folder, *given, "--prompt", PROMPTS[1]).startswith(PROMPTS[0] + want)
+
+
+def test_prompts_come_from_a_file(run, folder, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text(f"{PROMPTS[0]}\n\n{PROMPTS[1]}\n")
+    record = generate(run, folder, "--prompt", "a", "--prompts", file, "--json")
+    assert [r["prompt"] for r in record] == ["a", *PROMPTS]
+
+
+@pytest.mark.parametrize("how", [("--sample", "--n", 3), ("--beams", 3, "--n", 2), ("--beams", 2)])
+def test_several_answers(run, folder, how):
+    record = generate(run, folder, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], *how, "--json")
+    n = how[how.index("--n") + 1] if "--n" in how else 1
+    assert [len(r["texts"]) for r in record] == [n, n]
+    assert record == generate(run, folder, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], *how, "--json")
+    if n > 1:
+        assert len(set(record[0]["texts"])) > 1
+    if "--sample" in how:
+        other = generate(run, folder, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], *how, "--seed", 5, "--json")
+        assert other != record
+
+
+def test_show_batch_marks_what_is_supervised_and_trains_nothing(run, folder, data, tmp_path):
+    out = tmp_path / "out"
+    code, shown, err = run("train", "--model", folder, "--data", data, "--show-batch", "--batch-size", 2, "--out", out)
+    assert code == 0 and not out.exists()
+    assert shown.count("⟦") == shown.count("⟧") == 2 and shown.index("⟦") > 20 and "9 examples" in err
+    assert run("train", "--model", folder, "--data", data, "--show-batch")[0] == 0
+
+
+def test_where_limit_and_columns_choose_the_data(run, folder, data, tmp_path):
+    given = ("train", "--model", folder, "--data", data, "--show-batch")
+    assert "4 examples" in run(*given, "--where", "label=1")[2]
+    assert "2 examples" in run(*given, "--limit", 2)[2]
+    renamed = tmp_path / "renamed.jsonl"
+    renamed.write_text(data.read_text().replace('"input"', '"question"'))
+    assert "9 examples" in run(*given[:4], renamed, "--show-batch", "--column", "input=question")[2]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--reparam", "mlp", "--hidden", 8, "--gate", "head"),
+        ("--reparam", "low-rank", "--rank", 2, "--freeze-first", "--dropout", 0.1),
+        (
+            "--init",
+            "The film is a lovely",
+            "--repeat",
+            "--sites",
+            r".*layers\.1.*",
+            "--checkpointing",
+            "--accumulate",
+            2,
+        ),
+        ("--init", "words:good film", "--gate", "zero", "--position-offset", 3),
+    ],
+)
+def test_train_takes_the_configuration(run, folder, data, tmp_path, how):
+    given = ("train", "--model", folder, "--data", data, "--length", 6, "--steps", 2)
+    code, _, err = run(*given, "--out", tmp_path / "p", *how)
+    assert code == 0, err
+    prefix = fw.Prefix.load(tmp_path / "p")
+    assert prefix.longest == 6 and prefix.position_offset == (3 if "--position-offset" in how else 0)
+    assert len(prefix.sites) == (1 if "--sites" in how else 2)
+    assert bool(prefix.bias) == ("head" in how) and bool(prefix.gates) == ("zero" in how)
+    code, _, err = run(*given, "--start", tmp_path / "p", "--out", tmp_path / "on", "--json")
+    assert code == 0, err
+    assert fw.Prefix.load(tmp_path / "on") != prefix
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refusals(folder, data, tmp, trained):
+    train = ("train", "--model", folder, "--data", data, "--out", tmp / "o", "--steps", 2, "--length", 4)
+    write = ("generate", "--model", folder, "--prompt", "The film")
+    other = tmp / "other"
+    zoo.build("gpt2").save_pretrained(other)
+    zoo.tokenizer().save_pretrained(other)
+    corrupt = tmp / "corrupt"
+    fw.Prefix.load(trained).save(corrupt)
+    (corrupt / "prefix.safetensors").write_bytes(b"nonsense")
+    bad_json = tmp / "bad.jsonl"
+    bad_json.write_text('{"text": "fine"}\n{"text": \n')
+    latin = tmp / "latin.txt"
+    latin.write_bytes("Café".encode("latin-1"))
+    return {
+        "no model": (("generate", "--model", tmp / "none", "--prompt", "a"), "There is no file or folder"),
+        "not a model": (("generate", "--model", tmp, "--prompt", "a"), "has no config.json"),
+        "no data": (("train", "--model", folder, "--data", tmp / "none.jsonl", "--out", tmp / "o"), "none.jsonl"),
+        "bad json": ((*train[:4], bad_json, *train[5:]), "bad.jsonl:2: malformed JSON"),
+        "bad map": ((*train, "--column", "input"), "--column 'input' is not of the form KEY=VALUE"),
+        "no such column": ((*train, "--column", "input=nothing"), "nothing"),
+        "nothing left": ((*train, "--where", "label=7"), "label"),
+        "bad init": ((*train, "--init", "words:"), "names no word"),
+        "empty init": ((*train, "--init", " "), "empty text"),
+        "short init": ((*train, "--init", "a"), "the init text has 1 tokens and the prefix 4"),
+        "negative length": ((*train[:-1], -4), "length=-4; expected 1 or more"),
+        "bad sites": ((*train, "--init", "random", "--sites", "nothing.*"), "nothing.*"),
+        "broken sites": ((*train, "--init", "random", "--sites", "("), "regular expression"),
+        "bad kinds": ((*train, "--init", "random", "--kinds", "selfish"), "selfish"),
+        "bad dtype": ((*train, "--dtype", "float33"), "Unknown dtype 'float33'"),
+        "bad rate": ((*train, "--init", "random", "--learning-rate", -1), "--learning-rate -1.0; expected a number"),
+        "no epochs": ((*train, "--init", "random", "--epochs", 0), "--epochs 0.0; expected a number above 0"),
+        "out is taken": (("train", *train[1:5], "--out", trained), "holds a prefix already"),
+        "out is a file": ((*train[:6], data, *train[7:], "--init", "random"), "film.jsonl is a file"),
+        "no out": (train[:5], "--out names the folder"),
+        "no resume": ((*train, "--init", "random", "--resume"), "holds no whole checkpoint"),
+        "no start": ((*train, "--start", tmp / "none"), "none"),
+        "other model": (("generate", "--model", other, "--prefix", trained, "--prompt", "a"), "layers.0.self_attn"),
+        "no prefix": ((*write, "--prefix", tmp / "none"), "none"),
+        "corrupt": ((*write, "--prefix", corrupt), "prefix.safetensors"),
+        "corrupt, inspected": (("inspect", corrupt), "prefix.safetensors"),
+        "no folder": (("inspect", tmp / "none"), "none"),
+        "no prompt": (write[:3], "there is no prompt"),
+        "empty prompt": (("generate", "--model", folder, "--prompt", ""), "there is no prompt (or an empty one)"),
+        "no prompts file": ((*write, "--prompts", tmp / "none.txt"), "none.txt"),
+        "latin prompts": ((*write, "--prompts", latin), "UTF-8"),
+        "no template": ((*write, "--chat"), "no chat template"),
+        "n alone": ((*write, "--n", 2), "add --sample, or --beams 2"),
+        "n and beams": ((*write, "--n", 3, "--beams", 2), "add --sample, or --beams 3"),
+        "taken by others": (("demo", "--out", tmp), "is not empty"),
+        "not a demo": (("demo", "--out", tmp, "--overwrite"), "which is not of a demo"),
+    }
+
+
+@pytest.fixture(scope="module")
+def refused(folder, data, trained, tmp_path_factory):
+    return refusals(folder, data, tmp_path_factory.mktemp("refused"), trained[0])
+
+
+NAMES = (
+    "no model", "not a model", "no data", "bad json", "bad map", "no such column", "nothing left", "bad init",
+    "empty init", "short init", "negative length", "bad sites", "broken sites", "bad kinds", "bad dtype", "bad rate",
+    "no epochs", "out is taken", "out is a file", "no out", "no resume", "no start", "other model",
+    "no prefix", "corrupt", "corrupt, inspected", "no folder", "no prompt", "empty prompt", "no prompts file",
+    "latin prompts", "no template", "n alone", "n and beams", "taken by others", "not a demo",
+)  # fmt: skip
+
+
+def test_every_refusal_is_tried(refused):
+    assert set(NAMES) == set(refused)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_are_one_plain_line(name, refused, run):
+    arguments, said = refused[name]
+    code, out, err = run(*arguments)
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("data: ")]
+    assert code == 1, (code, err)
+    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0], err
+    assert "Traceback" not in out + err
+
+
+USAGE = (
+    ("generate", "--model", "x", "--n", 0),
+    *(("train", "--model", "x", "--data", "y", "--out", "z", f"--{name}", -1)
+      for name in ("steps", "batch-size", "accumulate", "limit", "max-length", "save-every", "eval-every", "clip")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [("train",), ("nothing",), ("--what",), *USAGE])
+def test_usage_errors_leave_with_2(run, wrong):
+    code, _, err = run(*wrong)
+    assert code == 2 and "Traceback" not in err and "Usage" in err
+
+
+@pytest.mark.slow
+def test_the_process_itself_exits_as_told(folder, tmp_path):
+    for arguments, code, said in (
+        (("inspect", tmp_path), 1, "error: "),
+        (("doctor", "--json"), 0, ""),
+    ):
+        command = [sys.executable, "-m", "foreword", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == code and "Traceback" not in done.stderr and done.stderr.startswith(said), done.stderr
+        if arguments[0] == "doctor":
+            assert json.loads(done.stdout)["problems"] == []
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_doctor_looks_at_this_machine(run, monkeypatch):
+    code, out, _ = run("doctor", "--json")
+    record = json.loads(out)
+    assert code == 0 and record["problems"] == []
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["foreword"]
+    assert "agrees" in record["kernels"]["cpu"] and record["device"].startswith(("cpu", "cuda", "mps"))
+    monkeypatch.setitem(cli.doctor._OPTIONAL, "no_such_module", "pip install no-such-module")
+    monkeypatch.setattr("foreword._kernels.self_check", lambda *_: 0.5)
+    code, out, err = run("doctor")
+    assert code == 1 and "missing; get it with: pip install no-such-module" in out
+    assert "DISAGREES" in out and "problem: the cpu attention kernel is off by" in err

@@ -1,0 +1,70 @@
+"""Two processes on the CPU with gloo do what one does with the whole batch."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import foreword as fw
+import zoo
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+def torchrun(script, *arguments):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [*command, str(SCRIPTS / script), *map(str, arguments)],
+        env=tiny.ENVIRONMENT,
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_ddp_averages_to_the_gradients_of_the_whole_batch(tmp_path):
+    torchrun("ddp_gradients.py", tmp_path, "direct", "mlp", "low-rank")
+    ids = zoo.ids(8, 7)
+    for reparam in ("direct", "mlp", "low-rank"):
+        model, tuning = tiny.tuned(reparam=reparam, hidden=16, gate="head")
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        found = [torch.load(tmp_path / f"{reparam}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+        assert found[0].keys() == found[1].keys() == dict(tuning.named_parameters()).keys()
+        for name, parameter in tuning.named_parameters():
+            for of_rank in found:
+                torch.testing.assert_close(of_rank[name], parameter.grad, atol=1e-6, rtol=1e-4)
+        assert max(p.grad.abs().max() for p in tuning.parameters()) > 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_prefix_of_one_with_the_doubled_batch(tmp_path):
+    out = tmp_path / "run"
+    torchrun("ddp_trainer.py", out, tmp_path)
+    ranks = [json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1)]
+    assert [r["world"] for r in ranks] == [2, 2]
+    model, tuning = tiny.tuned(gate="head")
+    one = tiny.trainer(model, tmp_path / "one", per_device_train_batch_size=8)
+    start = tuning.bake()
+    one.train()
+    want, twice = tuning.bake(), [fw.Prefix.load(tmp_path / f"prefix-{i}") for i in (0, 1)]
+    assert twice[0] == twice[1]
+    for site in want.keys:
+        for mine, theirs in ((want.keys, twice[0].keys), (want.values, twice[0].values), (want.bias, twice[0].bias)):
+            torch.testing.assert_close(theirs[site], mine[site], atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(want.keys[site], start.keys[site], atol=1e-3)
+    assert list(ranks[0]["losses"].values()) == pytest.approx(list(tiny.losses(one).values()), abs=1e-4)
+    ours = {"prefix.safetensors", "foreword.json", "training_state.safetensors", "training_args.json", "optimizer.pt"}
+    names = [{Path(p).name.lstrip(".") for p in r["written"]} for r in ranks]
+    assert names[0] & {"foreword.json", "training_args.json", "trainer_state.json"} and not names[1] & ours
+    assert names[1] <= {"rng_state_1.pth"}, names[1]
+    assert fw.Prefix.load(out / "checkpoint-6").keys.keys() == want.keys.keys()

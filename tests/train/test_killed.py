@@ -1,0 +1,93 @@
+"""Runs that are killed or stopped at any moment go on exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+import foreword as fw
+import zoo
+from foreword.cli import app
+from foreword.train.trainer import last_checkpoint
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+def start(*command):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=tiny.ENVIRONMENT, text=True, **pipes)
+
+
+def same(a, b):
+    """Equal numbers at every site."""
+    return a.keys.keys() == b.keys.keys() and all(
+        (x[s] == y[s]).all() for x, y in ((a.keys, b.keys), (a.values, b.values)) for s in x
+    )
+
+
+@pytest.mark.slow
+def test_a_run_killed_six_times_ends_with_the_same_prefix(tmp_path):
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import run_tiny
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    read, write = os.pipe()
+    run_tiny.train(tmp_path / "whole", write)
+    os.close(read)
+    os.close(write)
+    out, seed = tmp_path / "killed", time.time_ns()
+    process = start(SCRIPTS / "run_tiny.py", out, seed)
+    printed, err = process.communicate(timeout=400)
+    told = f"seed {seed}\n{printed}\n{err[-3000:]}"
+    assert process.returncode == 0, told
+    ends = [int(line.split()[2]) for line in printed.splitlines()]
+    assert len(ends) == 6 and ends.count(signal.SIGKILL) >= 4 and set(ends) <= {0, signal.SIGKILL}, told
+    assert fw.Prefix.load(out / "final") == fw.Prefix.load(tmp_path / "whole" / "final"), told
+    logs = [json.loads((p / "checkpoint-14" / "trainer_state.json").read_text())["log_history"]
+            for p in (tmp_path / "whole", out)]  # fmt: skip
+    first, second = ([(e["step"], e["loss"]) for e in log] for log in logs)
+    assert first == second and len(first) == 14, told
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
+    zoo.build("llama").save_pretrained(tmp_path / "model")
+    zoo.tokenizer().save_pretrained(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": s}) + "\n" for s in zoo.SENTENCES * 3))
+
+    def command(out, *more):
+        given = ["train", "--model", tmp_path / "model", "--data", data, "--out", out, "--length", 4, "--init",
+                 "random", "--batch-size", 2, "--save-every", 1000, "--steps", 150, "--json", *more]  # fmt: skip
+        return list(map(str, given))
+
+    out = tmp_path / "stopped"
+    process = start("-m", "foreword", *command(out))
+    deadline = time.time() + 120
+    while not (out / "runs").exists() and time.time() < deadline and process.poll() is None:  # made as training begins
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    printed, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err[-3000:]
+    assert "Traceback" not in err and "stopping after this step" in err and "interrupted; go on with --resume" in err
+    record = json.loads(printed)
+    assert record["interrupted"] and 0 < record["steps"] < 150
+    assert last_checkpoint(out) == out / f"checkpoint-{record['steps']}"
+
+    results = [CliRunner().invoke(app, command(*given)) for given in ((out, "--resume"), (tmp_path / "whole",))]
+    for result in results:
+        assert result.exit_code == 0, result.output
+        record = json.loads(result.stdout)
+        assert record["steps"] == 150 and not record["interrupted"]
+    assert same(fw.Prefix.load(out), fw.Prefix.load(tmp_path / "whole"))
