@@ -364,3 +364,17 @@ def test_compiled_by_inductor():
     torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
     for a, b in zip(*(torch.autograd.grad(x.loss, list(tuning.parameters())) for x in (got, want)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gate", [None, "head", "zero"])
+def test_bake_keeps_the_strength(gate):
+    model, tuning = attached("llama", fw.PrefixConfig(length=3, init="random", gate=gate, strength=2.5))
+    inputs = zoo.ids()
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        want = model(inputs).logits
+    prefix = tuning.bake()
+    tuning.detach()
+    fw.attach(model, prefix)
+    torch.testing.assert_close(model(inputs).logits, want, atol=1e-5, rtol=0)

@@ -22,15 +22,14 @@ def remembered(source: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor])
     """``make()``, or what it returned last time for the same tensor and key."""
     if torch.compiler.is_compiling():
         return make()
-    memo: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Tensor | int, Tensor]] = _local.__dict__.setdefault(
-        "memo", {}
-    )
+    memo: dict[tuple[Any, ...], _Held] = _local.__dict__.setdefault("memo", {})
+    key = (id(source), *key)  # a model may hand out several masks in turn, one a kind of layer
     held = memo.get(key)
     if held is not None and held[0]() is source and _unchanged(source, held[1]):
         return held[2]
     with torch.inference_mode(False):  # so that what is made has a version counter in any case
         made = make()
-    if len(memo) >= 64:
+    if len(memo) >= 32:  # those of models that are gone, mostly
         memo.clear()
     memo[key] = (weakref.ref(source), source.clone() if source.is_inference() else source._version, made)
     return made

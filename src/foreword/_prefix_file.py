@@ -44,11 +44,15 @@ def save(prefix: Prefix, folder: Path, *, overwrite: bool) -> Path:
         raise PrefixFileError(f"{folder} holds a {CARD} but no prefix; save into an empty folder")
     tensors, description = _describe(prefix)
     try:
+        text = json.dumps(description, indent=1)
+    except (TypeError, ValueError) as exc:
+        raise PrefixFileError(f"the prefix's metadata has something that JSON can't hold: {exc}") from exc
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", "foreword": json.dumps(description)})
-            (staging / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", "foreword": text})
+            (staging / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
             (staging / CARD).write_text(model_card(prefix, folder.name), encoding="utf-8")
             _move(staging, folder)
         finally:

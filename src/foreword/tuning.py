@@ -251,24 +251,24 @@ class Tuning:
             site.name: SitePrefix(
                 states[site.name][0].unsqueeze(0),
                 states[site.name][1].unsqueeze(0),
-                bias=self._bias(i),
+                bias=self._bias(i, self._strength),
                 gate=self._gate(i, self._strength),
             )
             for i, site in enumerate(self.sites)
         }
 
-    def _bias(self, i: int) -> Tensor | None:
+    def _bias(self, i: int, strength: float) -> Tensor | None:
         """The learned weight and the strength of a site, as a bias on the log-sum-exp."""
         name = str(i)
         learned: Tensor | None = self.holder.bias[name] if name in self.holder.bias else None  # noqa: SIM401
-        if self._strength == 1 or str(i) in self.holder.gate:
+        if strength == 1 or name in self.holder.gate:
             return learned
         if learned is None:
             device = next(self.model.parameters()).device
-            return torch.full((self.sites[i].heads,), math.log(self._strength), device=device)
-        return learned + math.log(self._strength)
+            return torch.full((self.sites[i].heads,), math.log(strength), device=device)
+        return learned + math.log(strength)
 
-    def _gate(self, i: int, strength: float = 1.0) -> Tensor | None:
+    def _gate(self, i: int, strength: float) -> Tensor | None:
         if str(i) not in self.holder.gate:
             return None
         gate: Tensor = self.holder.gate[str(i)]
@@ -278,7 +278,10 @@ class Tuning:
 
     @torch.no_grad()
     def bake(self) -> Prefix:
-        """The prefix as it stands, without what made it: an MLP never runs again."""
+        """The prefix as it stands, without what made it: an MLP never runs again.
+
+        A strength other than 1 becomes part of it (0 would leave nothing, and is left out).
+        """
         training = self.encoder.training
         self.encoder.eval()
         try:
@@ -288,12 +291,9 @@ class Tuning:
         metadata = dict(self.metadata)
         if self.config is not None:
             metadata["config"] = self.config.to_json()
-        gates = {
-            s.name: g.detach().clone()
-            for i, s in enumerate(self.sites) if (g := self._gate(i)) is not None
-        }  # fmt: skip
-        bias = {s.name: self.holder.bias[str(i)].detach().clone() for i, s in enumerate(self.sites)
-                if str(i) in self.holder.bias}  # fmt: skip
+        strength = self._strength or 1.0
+        gates = {s.name: g.clone() for i, s in enumerate(self.sites) if (g := self._gate(i, strength)) is not None}
+        bias = {s.name: b.clone() for i, s in enumerate(self.sites) if (b := self._bias(i, strength)) is not None}
         return Prefix(
             {n: k.detach().clone() for n, (k, _) in states.items()},
             {n: v.detach().clone() for n, (_, v) in states.items()},
