@@ -124,7 +124,12 @@ def _default_positions(kwargs: dict[str, Any]) -> torch.Tensor:
 
 def _check_checkpointing(model: PreTrainedModel) -> None:
     """Reentrant checkpointing runs a layer's graph from its inputs only: a prefix would get no gradient."""
-    if not (model.training and getattr(model, "is_gradient_checkpointing", False)):
+    on = (
+        "is_activation_checkpointing"
+        if hasattr(type(model), "is_activation_checkpointing")
+        else "is_gradient_checkpointing"
+    )
+    if not (model.training and getattr(model, on, False)):
         return
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)

@@ -70,6 +70,7 @@ class PrefixConfig:
     seed: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kinds", tuple(self.kinds))  # JSON gives a list
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ConfigError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}")

@@ -89,9 +89,10 @@ class Prefix:
             ConfigError: the text has no token, or fewer than ``length``.
         """
         from foreword.initializers import text_states
-        from foreword.tuning import require_detached
+        from foreword.tuning import require_detached, tuning_of
 
-        require_detached(model)
+        if tuning_of(model) is not None:  # a Library may stay: the text is read without its prefixes
+            require_detached(model)
         found = find_sites(model)
         chosen = [s for s in found if not s.tower]
         rotations = find_rotations(model, chosen)

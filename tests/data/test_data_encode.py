@@ -34,9 +34,7 @@ def one(tokenizer: Tokenizer, item: Example, max_length: int = 10_000, **options
 
 def conversation(*contents: str) -> Example:
     roles = itertools.cycle(("user", "assistant"))
-    messages = tuple(
-        {"role": role, "content": content} for role, content in zip(roles, contents, strict=False)
-    )
+    messages = tuple({"role": role, "content": content} for role, content in zip(roles, contents, strict=False))
     return example("", contents[-1], messages)
 
 
@@ -68,9 +66,7 @@ def test_the_boundary_is_not_merged(plain: Tokenizer) -> None:
         prompt, answer = "The sea"[:cut], "The sea"[cut:]
         ids, _ = one(plain, example(prompt, answer), eos=False)
         assert ids == ids_of(plain, prompt) + ids_of(plain, answer)
-    assert len(ids_of(plain, "The s")) + len(ids_of(plain, "ea")) > len(whole), (
-        "this cut must be inside a token"
-    )
+    assert len(ids_of(plain, "The s")) + len(ids_of(plain, "ea")) > len(whole), "this cut must be inside a token"
 
 
 def test_without_eos(plain: Tokenizer) -> None:
@@ -79,9 +75,7 @@ def test_without_eos(plain: Tokenizer) -> None:
     assert [label for label in labels if label != -100] == ids_of(plain, " sea")
 
 
-def test_plain_text_is_supervised_but_for_what_cannot_be_predicted(
-    plain: Tokenizer, with_bos: Tokenizer
-) -> None:
+def test_plain_text_is_supervised_but_for_what_cannot_be_predicted(plain: Tokenizer, with_bos: Tokenizer) -> None:
     ids, labels = one(plain, example("", "The sea was calm."))
     assert labels == [-100, *ids[1:]]
     ids, labels = one(with_bos, example("", "The sea was calm."))
@@ -198,9 +192,7 @@ def test_seq2seq_refuses_an_input_without_tokens(plain: Tokenizer) -> None:
 
 @settings(deadline=None)
 @given(text.filter(str.strip), output.filter(str.strip))
-def test_a_conversation_learns_the_last_answer_and_its_end(
-    chat: Tokenizer, question: str, answer: str
-) -> None:
+def test_a_conversation_learns_the_last_answer_and_its_end(chat: Tokenizer, question: str, answer: str) -> None:
     ids, labels = one(chat, conversation("Hi.", "Hello.", question, answer))
     prompt = (
         "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"

@@ -46,9 +46,7 @@ def pairs(examples: list[Example]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "JSONL"])
 def test_jsonl_skips_blank_lines_and_keeps_line_numbers(tmp_path: Path, suffix: str) -> None:
-    path = write(
-        tmp_path, f"d.{suffix}", '\n{"input": "a", "output": "b"}\n  \n{"input": "c", "output": "d"}'
-    )
+    path = write(tmp_path, f"d.{suffix}", '\n{"input": "a", "output": "b"}\n  \n{"input": "c", "output": "d"}')
     examples = read_examples(path)
     assert examples == [Example("a", "b", f"{path}:2"), Example("c", "d", f"{path}:4")]
     assert read_examples(str(path)) == examples
@@ -155,9 +153,7 @@ def test_named_dataset_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -
     refused("org/name", "org/name:", "no such file", "offline mode is enabled", "save_to_disk")
 
 
-def test_a_mistyped_path_is_not_looked_up_as_a_dataset(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_mistyped_path_is_not_looked_up_as_a_dataset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("looked up"))
     for source in ("train.jsonl", "data/train.txt", "./train", "../data/train", "/no/such", Path("train")):
         refused(source, "no such file")

@@ -93,9 +93,7 @@ def test_sentencepiece_spaces_and_unknown_ids() -> None:
 def printed(tokenizer: PreTrainedTokenizerFast, batch: dict, *, colour: bool, width: int = 200) -> str:
     file = io.StringIO()
     system = "truecolor" if colour else None
-    Console(file=file, force_terminal=colour, color_system=system, width=width).print(
-        show_batch(batch, tokenizer)
-    )
+    Console(file=file, force_terminal=colour, color_system=system, width=width).print(show_batch(batch, tokenizer))
     return file.getvalue()
 
 

@@ -45,13 +45,9 @@ def make_tokenizer(special: str | None = None) -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     if special:
-        words.post_processor = processors.TemplateProcessing(
-            single=special, special_tokens=[("<s>", 1), ("</s>", 2)]
-        )
+        words.post_processor = processors.TemplateProcessing(single=special, special_tokens=[("<s>", 1), ("</s>", 2)])
     # No padding token: scoring does not need one.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +87,7 @@ def test_with_prompts_it_is_the_models_own_loss(model, tokenizer) -> None:
         own_loss(model, ids_of(tokenizer, prompt), ids_of(tokenizer, text))
         for prompt, text in zip(PROMPTS, TEXTS, strict=True)
     ]
-    assert text_nll(model, tokenizer, TEXTS, prompts=PROMPTS, batch_size=3) == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert text_nll(model, tokenizer, TEXTS, prompts=PROMPTS, batch_size=3) == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_prompts_it_is_the_models_own_loss(model, tokenizer) -> None:
@@ -113,9 +107,7 @@ def test_special_tokens_stand_at_the_beginning_only(model, special: str, prompt:
 
 
 @given(
-    texts=st.lists(
-        st.lists(st.sampled_from(WORDS[3:]), min_size=2, max_size=12).map(" ".join), min_size=1, max_size=9
-    ),
+    texts=st.lists(st.lists(st.sampled_from(WORDS[3:]), min_size=2, max_size=12).map(" ".join), min_size=1, max_size=9),
     batch_size=st.integers(1, 9),
 )
 @settings(max_examples=25, deadline=None)
@@ -126,9 +118,7 @@ def test_batching_does_not_matter(model, tokenizer, texts: list[str], batch_size
 
 def test_long_texts_are_cut_at_the_end(model, tokenizer) -> None:
     cut = text_nll(model, tokenizer, [TEXTS[2]], prompts=["a film"], max_length=5)
-    assert cut == pytest.approx(
-        [own_loss(model, ids_of(tokenizer, "a film"), ids_of(tokenizer, TEXTS[2])[:3])]
-    )
+    assert cut == pytest.approx([own_loss(model, ids_of(tokenizer, "a film"), ids_of(tokenizer, TEXTS[2])[:3])])
 
 
 def test_half_precision_logits_are_scored_in_32_bits(model, tokenizer) -> None:
