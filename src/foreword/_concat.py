@@ -32,7 +32,7 @@ def concatenate(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The reference path: the delegate over keys and values that begin with the prefix."""
-    batch, length = key.shape[0], prefix.length
+    length = prefix.length
     on_cpu = delegate_name == "sdpa" and query.device.type == "cpu" and kwargs.get("position_bias") is None
     wants_numbers = delegate_name == "eager" or on_cpu
     if "flash" in delegate_name:
@@ -48,8 +48,7 @@ def concatenate(
         attention_mask = _extend(attention_mask, prefix, query)
     if (position_bias := kwargs.get("position_bias")) is not None:  # distance means nothing to a virtual token
         kwargs["position_bias"] = torch.nn.functional.pad(position_bias, (length, 0))
-    key = torch.cat([prefix.keys.expand(batch, -1, -1, -1), key.to(query.dtype)], dim=2)
-    value = torch.cat([prefix.values.expand(batch, -1, -1, -1), value.to(query.dtype)], dim=2)
+    key, value = _before(prefix.keys, key), _before(prefix.values, value)
     if on_cpu and query.shape[1] != key.shape[1] and kwargs.get("softcap") is None:
         return _grouped_sdpa(query, key, value, attention_mask, kwargs), None
     if "flash" not in delegate_name:
@@ -57,14 +56,26 @@ def concatenate(
     return delegate(module, query, key, value, attention_mask, **kwargs)
 
 
+def _before(prefix: Tensor, text: Tensor) -> Tensor:
+    """``(B|1, G, P, dim)`` and ``(B, G, N, dim)`` -> ``(B, G, P + N, dim)``."""
+    if prefix.shape[0] != text.shape[0]:
+        prefix = prefix.expand(text.shape[0], -1, -1, -1)
+    return torch.cat((prefix, text if text.dtype == prefix.dtype else text.to(prefix.dtype)), dim=2)
+
+
 def _grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
     """What the sdpa delegate computes, without the copies of keys and values that it makes for grouped heads.
 
-    The CPU kernel takes grouped heads as they are, also under a mask; transformers repeats them there.
+    The CPU kernel takes grouped heads as they are, also under a mask. A single query's heads of one group become
+    the rows of one product, so that their keys are read once.
     """
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, mask, kwargs.get("dropout") or 0.0, scale=kwargs.get("scaling"), enable_gqa=True
-    )
+    attention, scale = torch.nn.functional.scaled_dot_product_attention, kwargs.get("scaling")
+    dropout = kwargs.get("dropout") or 0.0
+    batch, heads, queries, _ = query.shape
+    if queries == 1 and (mask is None or mask.shape[1] == 1):
+        out = attention(query.view(batch, key.shape[1], -1, query.shape[3]), key, value, mask, dropout, scale=scale)
+        return out.reshape(batch, 1, heads, value.shape[3])
+    out = attention(query, key, value, mask, dropout, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).contiguous()
 
 

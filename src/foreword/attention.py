@@ -60,8 +60,11 @@ class SitePrefix:
 
     def for_batch(self, query: Tensor) -> SitePrefix:
         """The same prefix in the query's dtype and device, one entry a row unless all rows share it."""
-        keys, values = self.keys.to(query), self.values.to(query)
         rows, visible = self.rows, self.visible
+        plain = rows is None and self.bias is None and self.gate is None
+        if plain and self.keys.dtype == query.dtype and self.keys.device == query.device:
+            return self
+        keys, values = self.keys.to(query), self.values.to(query)
         if rows is not None:
             batch = query.shape[0]
             if batch % len(rows):
@@ -246,6 +249,8 @@ def _merge_kernel(
     path = "auto" if torch.compiler.is_compiling() else _PATH.get()
     if path == "concat" or name != "sdpa" or kwargs.get("dropout"):
         return None
+    if path == "auto" and not merging_pays(query, key, prefix, mask):
+        return None
     if any(kwargs.get(k) is not None for k in ("softcap", "s_aux", "position_bias", "cache")):
         return None
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4 or mask.requires_grad):
@@ -254,8 +259,4 @@ def _merge_kernel(
         return None
     kernel = kernel_for(query.device)
     masked = mask is not None or prefix.visible is not None
-    if kernel is None or not kernel.accepts(query, key, value, masked):
-        return None
-    if path == "auto" and not merging_pays(query, key, prefix, mask):
-        return None
-    return kernel
+    return kernel if kernel is not None and kernel.accepts(query, key, value, masked) else None
