@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,32 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 RESULTS = Path(__file__).parent / "results"
 
 
-def take_turns(variants: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each variant's runs; within a round every variant runs once."""
+Variant = Callable[[], AbstractContextManager[Callable[[], Any]]]
+
+
+def plainly(run: Callable[[], Any]) -> Variant:
+    """A variant that needs nothing set up."""
+    return lambda: nullcontext(run)
+
+
+def take_turns(variants: Mapping[str, Variant], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each variant's runs; within a round every variant runs once.
+
+    A variant is a context manager that gives what to time: attaching and detaching, so that all variants run on one
+    copy of the model, stay outside the clock.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warmup + rounds):
         order = list(variants.items())
         if number % 2:  # so that none always runs after the same one
             order.reverse()
-        for name, run in order:
-            began = time.perf_counter()
-            run()
+        for name, variant in order:
+            with variant() as run:
+                began = time.perf_counter()
+                run()
+                taken = time.perf_counter() - began
             if number >= warmup:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(taken)
     return times
 
 

@@ -12,7 +12,7 @@ import argparse
 import statistics
 from itertools import product
 
-from _measure import RESULTS, keep, take_turns
+from _measure import RESULTS, keep, plainly, take_turns
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
 TEXT = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -83,7 +83,7 @@ def measure(batch: int, text: int, length: int, masked: bool, training: bool, ro
         return lambda: [run(path) for _ in range(times)]
 
     with torch.set_grad_enabled(training):
-        measured = take_turns({p: repeated(p) for p in ("merged", "concat")}, rounds=rounds)
+        measured = take_turns({p: plainly(repeated(p)) for p in ("merged", "concat")}, rounds=rounds)
     concat = statistics.median(measured["concat"])
     merged = statistics.median(measured["merged"]) / concat
     choice = "merged" if merging_pays(query, key, prefix, mask) else "concat"

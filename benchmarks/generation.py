@@ -1,6 +1,6 @@
-"""Generation: tokens a second with a prefix against the base model, at batch 1 and 8, taking turns.
+"""Generation: tokens a second with a prefix against the base model, at batch 1 and 8, taking turns on one model.
 
-The base model and the one with a prefix write the same number of tokens greedily (no early stop).
+All write the same number of tokens greedily (no early stop).
 
     python benchmarks/generation.py [--length 20] [--new-tokens 48] [--rounds 7] [--no-peft]
 """
@@ -8,8 +8,11 @@ The base model and the one with a prefix write the same number of tokens greedil
 from __future__ import annotations
 
 import argparse
+from contextlib import contextmanager
 
-from _measure import keep, ratios, take_turns
+from _measure import keep, plainly, ratios, take_turns
+
+TEXTS = ["The film was", "I watched this one late at night, and", "Nobody could have", "Yesterday"] * 2
 
 
 def main() -> None:
@@ -25,25 +28,14 @@ def main() -> None:
 
     import foreword as fw
 
-    base, tokenizer = fw.load_model(options.model)
-    prefixed, _ = fw.load_model(options.model)
-    tuning = fw.attach(prefixed, fw.PrefixConfig(length=options.length, init="random"))
+    model, tokenizer = fw.load_model(options.model)
+    tuning = fw.attach(model, fw.PrefixConfig(length=options.length, init="random"))
     prefix = tuning.bake()
     tuning.detach()
-    fw.attach(prefixed, prefix)
-    models = {"base": base, "foreword": prefixed}
-    if not options.no_peft:
-        from peft import PrefixTuningConfig, get_peft_model
-
-        plain, _ = fw.load_model(options.model)
-        models["PEFT"] = get_peft_model(
-            plain, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.length)
-        ).eval()
-    record = {}
-    texts = ["The film was", "I watched this one late at night, and", "Nobody could have", "Yesterday"] * 2
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    record = {}
     for size in (1, 8):
-        batch = tokenizer(texts[:size], return_tensors="pt", padding=True)
+        batch = tokenizer(TEXTS[:size], return_tensors="pt", padding=True)
         common = {
             "max_new_tokens": options.new_tokens,
             "min_new_tokens": options.new_tokens,
@@ -51,13 +43,27 @@ def main() -> None:
             "pad_token_id": tokenizer.eos_token_id,
         }
 
-        def run(model, batch=batch, common=common) -> None:
+        def run(model=model, batch=batch, common=common) -> None:
             with torch.no_grad():
                 model.generate(**batch, **common)
 
-        variants = {name: (lambda m=model: run(m)) for name, model in models.items()}
-        times = ratios(take_turns(variants, rounds=options.rounds), "base")
-        speed = {name: 1 / ratio for name, ratio in times.items()}
+        @contextmanager
+        def prefixed(run=run):
+            attached = fw.attach(model, prefix)
+            try:
+                yield run
+            finally:
+                attached.detach()
+
+        variants = {"base": plainly(run), "foreword": prefixed}
+        if not options.no_peft:
+            from peft import PrefixTuningConfig, get_peft_model
+
+            # A prompt-learning PeftModel wraps the model and leaves it as it is.
+            config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.length)
+            peft = get_peft_model(model, config).eval()
+            variants["PEFT"] = plainly(lambda peft=peft, run=run: run(peft))
+        speed = {n: 1 / r for n, r in ratios(take_turns(variants, rounds=options.rounds), "base").items()}
         record[f"batch {size}"] = speed
         print(f"batch {size}: tokens a second against the base: " + ", ".join(f"{n} {s:.3f}" for n, s in speed.items()))
     keep("generation", {"options": vars(options), "speed": record})
