@@ -48,7 +48,7 @@ def concatenate(
         attention_mask = _extend(attention_mask, prefix, query)
     if (position_bias := kwargs.get("position_bias")) is not None:  # distance means nothing to a virtual token
         kwargs["position_bias"] = torch.nn.functional.pad(position_bias, (length, 0))
-    key, value = _before(prefix.keys, key), _before(prefix.values, value)
+    key, value = _join(prefix, key.to(query.dtype), value.to(query.dtype))
     if on_cpu and query.shape[1] != key.shape[1] and kwargs.get("softcap") is None:
         return _grouped_sdpa(query, key, value, attention_mask, kwargs), None
     if "flash" not in delegate_name:
@@ -56,11 +56,17 @@ def concatenate(
     return delegate(module, query, key, value, attention_mask, **kwargs)
 
 
-def _before(prefix: Tensor, text: Tensor) -> Tensor:
-    """``(B|1, G, P, dim)`` and ``(B, G, N, dim)`` -> ``(B, G, P + N, dim)``."""
-    if prefix.shape[0] != text.shape[0]:
-        prefix = prefix.expand(text.shape[0], -1, -1, -1)
-    return torch.cat((prefix, text if text.dtype == prefix.dtype else text.to(prefix.dtype)), dim=2)
+def _join(prefix: SitePrefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values that begin with the prefix's: ``(B, G, P + N, dim)`` each."""
+    before, before_values = prefix.keys, prefix.values
+    if before.shape[0] != key.shape[0]:
+        before = before.expand(key.shape[0], -1, -1, -1)
+        before_values = before_values.expand(key.shape[0], -1, -1, -1)
+    if torch.is_grad_enabled() or key.shape[3] != value.shape[3]:
+        return torch.cat((before, key), dim=2), torch.cat((before_values, value), dim=2)
+    both = torch.cat((before, key, before_values, value), dim=2)  # one allocation: generation does this at each token
+    length = before.shape[2] + key.shape[2]
+    return both[:, :, :length], both[:, :, length:]
 
 
 def _grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:

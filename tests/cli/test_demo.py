@@ -47,13 +47,13 @@ def test_plain_takes_the_marks_of_the_page_out(marked, expected):
     assert plain(marked) == expected
 
 
-def test_reviews_are_of_one_label_and_of_imdb(tmp_path):
+def test_reviews_are_of_one_label_and_source(tmp_path):
     path = tmp_path / "reviews.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("text", "label", "source"))
         for i in range(40):
-            writer.writerow((f"{'good' if i % 2 else 'bad'},<br />{i}", i % 2, "imdb" if i < 30 else "rt"))
+            writer.writerow((f"{'good' if i % 2 else 'bad'},<br />{i}", i % 2, "rotten_tomatoes" if i < 30 else "imdb"))
     found = pick_reviews(path, "1", Plan(examples=10, seed=1))
     assert len(set(found)) == 10 and all(t.startswith("good, ") and int(t[6:]) < 30 for t in found)
     assert pick_reviews(path, "1", Plan(examples=10, seed=1)) == found

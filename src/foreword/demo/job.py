@@ -40,11 +40,11 @@ OPENINGS = (
 class Plan:
     """How much the demo does. The defaults take about five minutes on two cores."""
 
-    steps: int = 40
+    steps: int = 80
     batch_size: int = 8
     length: int = 16
-    max_tokens: int = 64
-    examples: int = 640
+    max_tokens: int = 40
+    examples: int = 720
     samples: int = 4
     new_tokens: int = 40
     seed: int = 1
@@ -108,9 +108,9 @@ def run_demo(out: Path, plan: Plan, console: Console) -> Results:
 
 
 def pick_reviews(path: Path, label: str, plan: Plan) -> list[str]:
-    """Real IMDB reviews of one label, in plain text, drawn at random."""
+    """Real reviews of one label, in plain text, drawn at random: Rotten Tomatoes', one sentence each."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [r["text"] for r in csv.DictReader(file) if r["label"] == label and r["source"] == "imdb"]
+        rows = [r["text"] for r in csv.DictReader(file) if r["label"] == label and r["source"] == "rotten_tomatoes"]
     return [plain(text) for text in random.Random(plan.seed).sample(rows, plan.examples)]
 
 

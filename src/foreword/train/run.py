@@ -82,7 +82,9 @@ def train_prefix(
             trainer.remove_callback(noisy)
         with stop:
             trainer.train(resume_from_checkpoint=resume or None)
-        if valid is not None and not stop.asked:
+        done = trainer.state.global_step
+        evaluated = any("eval_loss" in e and e.get("step") == done for e in trainer.state.log_history)
+        if valid is not None and not stop.asked and not evaluated:
             trainer.evaluate()
         progress.close()
         history = list(trainer.state.log_history)
