@@ -298,17 +298,19 @@ def test_a_mask_changed_in_place_is_read_again(mode):
 
 
 def test_a_new_mask_at_an_old_address_is_read_anew():
-    seen = set()
+    seen, memo = set(), _masks._local.__dict__.setdefault("memo", {})
+    before = len(memo)
     for i in range(50):
         mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
         mask[..., : i % 4 + 1] = True
-        seen.add(mask.data_ptr())
+        seen.add(id(mask))
         made = _masks.additive(mask, torch.float32)
         assert torch.equal(made == 0, mask)
         dead = _masks.dead_rows(made)
         assert not dead.any()
         del mask, made, dead
     assert len(seen) < 50  # an address did come back
+    assert len(memo) <= before  # and nothing is kept of masks that are gone
 
 
 def test_a_mask_is_derived_once():

@@ -29,9 +29,8 @@ def remembered(source: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor])
         return held[2]
     with torch.inference_mode(False):  # so that what is made has a version counter in any case
         made = make()
-    if len(memo) >= 32:  # those of models that are gone, mostly
-        memo.clear()
-    memo[key] = (weakref.ref(source), source.clone() if source.is_inference() else source._version, made)
+    forget = weakref.ref(source, lambda _: memo.pop(key, None))
+    memo[key] = (forget, source.clone() if source.is_inference() else source._version, made)
     return made
 
 

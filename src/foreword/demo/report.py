@@ -74,7 +74,8 @@ def write_report(results: Results, out: Path) -> None:
     report = f"""# Two prefixes, one frozen model
 
 Base model: {results.base_model}, untouched. Two prefixes of {results.plan["length"]} virtual tokens were trained
-for {results.plan["steps"]} steps of {results.plan["batch_size"]} real Rotten Tomatoes reviews each, from the same neutral start:
+for {results.plan["steps"]} steps of {results.plan["batch_size"]} real Rotten Tomatoes reviews each, from the same
+neutral start:
 
 {trained}
 {verdict(results)}
