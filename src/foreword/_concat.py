@@ -32,22 +32,23 @@ def concatenate(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The reference path: the delegate over keys and values that begin with the prefix."""
-    length = prefix.length
-    on_cpu = delegate_name == "sdpa" and query.device.type == "cpu" and kwargs.get("position_bias") is None
-    wants_numbers = delegate_name == "eager" or on_cpu
+    bias = kwargs.get("position_bias")
+    on_cpu = delegate_name == "sdpa" and query.is_cpu and bias is None
+    if attention_mask is None and is_causal(module, query, None, kwargs) and delegate_name != "eager":
+        if "flash" not in delegate_name:
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+            attention_mask = causal_mask(query)
     if "flash" in delegate_name:
         _check_flash(prefix, key, attention_mask, kwargs)
-    elif is_causal(module, query, attention_mask, kwargs) and delegate_name != "eager":
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        attention_mask = causal_mask(query)
     if attention_mask is None and (prefix.visible is not None or prefix.bias is not None):
         attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     if attention_mask is not None:
+        wants_numbers = on_cpu or delegate_name == "eager"
         if wants_numbers and isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:
             attention_mask = additive(attention_mask, query.dtype)
         attention_mask = _extend(attention_mask, prefix, query)
-    if (position_bias := kwargs.get("position_bias")) is not None:  # distance means nothing to a virtual token
-        kwargs["position_bias"] = torch.nn.functional.pad(position_bias, (length, 0))
+    if bias is not None:  # distance means nothing to a virtual token
+        kwargs["position_bias"] = torch.nn.functional.pad(bias, (prefix.length, 0))
     key, value = _join(prefix, key.to(query.dtype), value.to(query.dtype))
     if on_cpu and query.shape[1] != key.shape[1] and kwargs.get("softcap") is None:
         return _grouped_sdpa(query, key, value, attention_mask, kwargs), None
@@ -58,15 +59,9 @@ def concatenate(
 
 def _join(prefix: SitePrefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values that begin with the prefix's: ``(B, G, P + N, dim)`` each."""
-    before, before_values = prefix.keys, prefix.values
-    if before.shape[0] != key.shape[0]:
-        before = before.expand(key.shape[0], -1, -1, -1)
-        before_values = before_values.expand(key.shape[0], -1, -1, -1)
-    if torch.is_grad_enabled() or key.shape[3] != value.shape[3]:
-        return torch.cat((before, key), dim=2), torch.cat((before_values, value), dim=2)
-    both = torch.cat((before, key, before_values, value), dim=2)  # one allocation: generation does this at each token
-    length = before.shape[2] + key.shape[2]
-    return both[:, :, :length], both[:, :, length:]
+    batch = key.shape[0]
+    before, before_values = prefix.keys.expand(batch, -1, -1, -1), prefix.values.expand(batch, -1, -1, -1)
+    return torch.cat((before, key), dim=2), torch.cat((before_values, value), dim=2)
 
 
 def _grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 _local = threading.local()
 _Held = tuple["weakref.ref[Tensor]", "Tensor | int", Tensor]  # the mask, its state, what was made of it
@@ -20,7 +21,7 @@ _Held = tuple["weakref.ref[Tensor]", "Tensor | int", Tensor]  # the mask, its st
 
 def remembered(source: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
     """``make()``, or what it returned last time for the same tensor and key."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return make()
     memo: dict[tuple[Any, ...], _Held] = _local.__dict__.setdefault("memo", {})
     key = (id(source), *key)  # a model may hand out several masks in turn, one a kind of layer
@@ -60,11 +61,11 @@ def dead_rows(mask: Tensor) -> Tensor:
 def causal_mask(query: Tensor) -> Tensor:
     """``(1, 1, S, S)`` bool: position i sees 0..i. The same tensor for every layer of a pass."""
     length = query.shape[2]
-    held: Tensor | None = _local.__dict__.get("causal") if not torch.compiler.is_compiling() else None
+    held: Tensor | None = _local.__dict__.get("causal") if not is_compiling() else None
     if held is not None and held.shape[-1] == length and held.device == query.device:
         return held
     made = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         _local.causal = made
     return made
 

@@ -28,16 +28,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
-from foreword._choice import merging_pays
+from foreword._choice import Path, cheapest
 from foreword._concat import Delegate, concatenate
 from foreword._kernels import Kernel, kernel_for
 from foreword._masks import additive, is_causal
+from foreword._step import step
 from foreword.errors import AttachError, ConfigError
 
-Path = Literal["auto", "merged", "concat"]
-
-_PATH: ContextVar[Path] = ContextVar("foreword_path", default="auto")
+_PATH: ContextVar[Path | Literal["auto"]] = ContextVar("foreword_path", default="auto")
+_forced = False  # whether attention_path was ever used: asking a context variable costs something in each layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,11 @@ class SitePrefix:
 
     def for_batch(self, query: Tensor) -> SitePrefix:
         """The same prefix in the query's dtype and device, one entry a row unless all rows share it."""
-        rows, visible = self.rows, self.visible
-        plain = rows is None and self.bias is None and self.gate is None
-        if plain and self.keys.dtype == query.dtype and self.keys.device == query.device:
-            return self
+        rows, visible, keys = self.rows, self.visible, self.keys
+        if rows is None and self.bias is None and self.gate is None and keys.dtype is query.dtype:
+            # Two questions to the tensors are cheaper than comparing devices, at each layer of each token.
+            if (keys.is_cpu and query.is_cpu) or keys.device == query.device:
+                return self
         keys, values = self.keys.to(query), self.values.to(query)
         if rows is not None:
             batch = query.shape[0]
@@ -81,14 +83,18 @@ class SitePrefix:
 
 
 @contextmanager
-def attention_path(path: Path) -> Iterator[None]:
-    """Force ``"merged"`` or ``"concat"`` inside the block (``"auto"``: by size, as measured in benchmarks/).
+def attention_path(path: Path | Literal["auto"]) -> Iterator[None]:
+    """Force ``"merged"``, ``"step"`` or ``"concat"`` inside the block where the call allows it, else concatenation.
+
+    ``"auto"`` is by size, as measured in benchmarks/.
 
     Raises:
-        ConfigError: the name is none of the three.
+        ConfigError: the name is none of the four.
     """
-    if path not in ("auto", "merged", "concat"):
-        raise ConfigError(f'attention path {path!r} is unknown; expected "auto", "merged" or "concat"')
+    if path not in ("auto", "merged", "step", "concat"):
+        raise ConfigError(f'attention path {path!r} is unknown; expected "auto", "merged", "step" or "concat"')
+    global _forced
+    _forced = True
     token = _PATH.set(path)
     try:
         yield
@@ -116,14 +122,17 @@ def attend(
     if prefix.gate is not None:
         text, weights = delegate(module, query, key, value, attention_mask, **kwargs)
         return text + _gated(prefix, query, kwargs.get("scaling")).to(text), weights
-    kernel = _merge_kernel(prefix, delegate_name, query, key, value, attention_mask, kwargs)
-    if kernel is None:
+    path = _path(prefix, delegate_name, query, key, value, attention_mask, kwargs)
+    if path == "concat":
         return concatenate(prefix, delegate, delegate_name, module, query, key, value, attention_mask, kwargs)
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if path == "step":
+        return step(prefix, query, key, value, attention_mask, scale), None
     causal = is_causal(module, query, attention_mask, kwargs)
     if causal and key.shape[2] > query.shape[2]:  # first pass over an empty static cache: the rest is unused
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    mask = additive(attention_mask, query.dtype)
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    mask, kernel = additive(attention_mask, query.dtype), kernel_for(query.device)
+    assert kernel is not None
     out = merged_attention(query, key, value, prefix, mask=mask, causal=causal, scale=scale, kernel=kernel)
     return out.transpose(1, 2).contiguous(), None
 
@@ -236,27 +245,33 @@ def _gated(prefix: SitePrefix, query: Tensor, scaling: float | None) -> Tensor:
     return (out * prefix.gate[:, None, None]).transpose(1, 2)
 
 
-def _merge_kernel(
-    prefix: SitePrefix,
-    name: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Any,
-    kwargs: dict[str, Any],
-) -> Kernel | None:
-    """The kernel to merge with, or None where concatenation is needed, asked for, or faster."""
-    path = "auto" if torch.compiler.is_compiling() else _PATH.get()
+def _path(
+    prefix: SitePrefix, name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> Path:
+    """The path asked for or the fastest, where the call allows it: concatenation always works.
+
+    Generation asks for each layer and token, with nothing of this in the processor's caches: few questions, the
+    cheap ones first.
+    """
+    path = _PATH.get() if _forced and not is_compiling() else "auto"
+    if path == "auto":
+        path = cheapest(query, key, prefix, mask)
     if path == "concat" or name != "sdpa" or kwargs.get("dropout"):
-        return None
-    if path == "auto" and not merging_pays(query, key, prefix, mask):
-        return None
-    if any(kwargs.get(k) is not None for k in ("softcap", "s_aux", "position_bias", "cache")):
-        return None
+        return "concat"
+    if not _CARRIED.isdisjoint(kwargs) and any(kwargs.get(k) is not None for k in _CARRIED):
+        return "concat"
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4 or mask.requires_grad):
-        return None
-    if not torch.is_autocast_enabled(query.device.type) and not query.dtype == key.dtype == value.dtype:
-        return None
+        return "concat"
+    one_dtype = query.dtype is key.dtype is value.dtype
+    if path == "step":
+        hidden = mask is None and query.shape[2] > 1  # causal, or hiding nothing: as the delegate decides
+        plain = one_dtype and not hidden and query.is_cpu and not torch.is_autocast_enabled("cpu")
+        return "step" if plain else "concat"
+    autocast = torch.is_autocast_enabled(query.device.type)
     kernel = kernel_for(query.device)
     masked = mask is not None or prefix.visible is not None
-    return kernel if kernel is not None and kernel.accepts(query, key, value, masked) else None
+    usable = (one_dtype or autocast) and kernel is not None and kernel.accepts(query, key, value, masked)
+    return "merged" if usable else "concat"
+
+
+_CARRIED = frozenset(("softcap", "s_aux", "position_bias", "cache"))  # arguments that only the delegate knows how to honour

@@ -13,17 +13,21 @@ from foreword.cli.demo import _clear
 from foreword.demo.job import OPENINGS, Plan, Results, pick_reviews, plain
 from foreword.demo.report import draw, verdict, write_report
 
+STARTS = [(lean, opening) for lean, openings in OPENINGS.items() for opening in openings]
+
 
 def results(positive=40, base=24, negative=5, samples=4):
     """Made results of 48 texts a writer."""
     made = Results({"steps": 40, "batch_size": 8, "length": 16, "samples": samples}, "SmolLM2")
     counts = {"base": base, "positive": positive, "negative": negative}
     for name, count in counts.items():
-        openings = [o for o in OPENINGS for _ in range(samples)]
-        made.texts[name] = [{"opening": o, "text": f" by {name} {i}", "positive": 0.9 if i < count else 0.1}
-                            for i, o in enumerate(openings)]  # fmt: skip
-        made.greedy[name] = [f" written\n by {name} on {o}" for o in OPENINGS]
-        made.summary[name] = {"texts": 48, "favourable": count, "mean_positive": count / 48, "perplexity": 12.34}
+        rows = [start for start in STARTS for _ in range(samples)]
+        made.texts[name] = [{"lean": r[0], "opening": r[1], "text": f" {name} {i}", "positive": 0.9 * (i < count)}
+                            for i, r in enumerate(rows)]  # fmt: skip
+        made.greedy[name] = [f" written\n by {name} on {o}" for _, o in STARTS]
+        leaning = {f"favourable_{lean}": min(16, max(0, count - 16 * i)) for i, lean in enumerate(OPENINGS)}
+        made.summary[name] = {"texts": 48, "favourable": count, "mean_positive": count / 48, "perplexity": 12.34,
+                              **leaning}  # fmt: skip
     for task in ("positive", "negative"):
         history = [{"step": 1, "loss": 4.0}, {"step": 2, "eval_loss": 3.5}]
         made.trained[task] = {"parameters": 184320, "bytes": 737280, "valid_loss_before": 4.1234,
@@ -64,7 +68,8 @@ def test_reviews_are_of_one_label_and_source(tmp_path):
 @pytest.mark.parametrize(
     ("counts", "said"),
     [
-        ((40, 24, 5), "differ clearly from each other and stand on either side of the base model"),
+        ((40, 24, 5), "differ clearly from each other and stand clearly on either side of the base model"),
+        ((40, 36, 5), "differ clearly from each other and stand on either side of the base model, one of them close"),
         ((40, 44, 5), "differ clearly from each other but not on either side"),
         ((26, 24, 22), "differ little and stand on either side"),
         ((5, 24, 40), "differ little but not on either side"),
@@ -81,12 +86,12 @@ def test_the_report_has_the_numbers_the_texts_and_the_pictures(tmp_path):
     draw(made, tmp_path)
     write_report(made, tmp_path)
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
-    wanted = ("| positive | 40 of 48 | 0.83 | 12.3 |", "| base | 24 of 48 | 0.50 |", "35 of 36 greedy", "88.4% of the",
+    wanted = ("| positive | 40 of 48 | 16 | 16 | 8 | 0.83 | 12.3 |", "| base | 24 of 48 | 16 | 8 | 0 | 0.50 |", "35 of 36 greedy", "88.4% of the",
               "23,000 other reviews", "184,320 numbers (737,280 bytes), validation loss 4.123 → 3.500")  # fmt: skip
     assert not [w for w in wanted if w not in report]
-    for i, opening in enumerate(OPENINGS):
+    for _, opening in STARTS:
         block = report.split(f"**{opening}** …")[1].split("**")[0]
-        assert f"*negative*: written by negative on {OPENINGS[i]}\n" in block
+        assert f"*negative*: written by negative on {opening}\n" in block
     for picture in ("curves.png", "sentiment.png"):
         assert picture in report and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     json.dumps(made.__dict__)

@@ -30,17 +30,19 @@ from foreword.train.run import train_prefix
 
 TASKS = {"positive": "1", "negative": "0"}
 INIT = "Here is what somebody who has just come out of the cinema wrote about the film they saw there:"
-OPENINGS = (
-    "The film", "This movie", "I watched this", "The acting", "The story", "The director", "After ten minutes",
-    "My wife and I", "The first half", "The script", "What I remember", "In the end",
-)  # fmt: skip
+# As in work on steering sentiment: some openings say nothing yet, some lean one way, some the other.
+OPENINGS = {
+    "neutral": ("The film", "This movie", "The director", "The acting"),
+    "praising": ("The best thing about the film is", "I was delighted", "It is a lovely story", "The actors are superb"),
+    "critical": ("The worst thing about the film is", "I was bored", "It is a silly story", "The actors are dreadful"),
+}
 
 
 @dataclass(frozen=True)
 class Plan:
     """How much the demo does. The defaults take about five minutes on two cores."""
 
-    steps: int = 80
+    steps: int = 60
     batch_size: int = 8
     length: int = 16
     max_tokens: int = 40
@@ -158,21 +160,23 @@ def _write(
         library.add(task, prefix)
     greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": plan.new_tokens}
     sampled: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "max_new_tokens": plan.new_tokens}
-    openings = [o for o in OPENINGS for _ in range(plan.samples)]
+    every = [(lean, opening) for lean, openings in OPENINGS.items() for opening in openings]
+    rows = [(lean, opening) for lean, opening in every for _ in range(plan.samples)]
+    starts = [opening for _, opening in every]
     alone: dict[str | None, list[str]] = {}
     for writer in (None, *prefixes):
         with library.use(writer):
             set_seed(plan.seed)
-            written = write(model, tokenizer, openings, **sampled)
-            alone[writer] = write(model, tokenizer, OPENINGS, **greedy)
+            written = write(model, tokenizer, [opening for _, opening in rows], **sampled)
+            alone[writer] = write(model, tokenizer, starts, **greedy)
         name = writer or "base"
-        results.texts[name] = [{"opening": o, "text": t} for o, t in zip(openings, written, strict=True)]
+        results.texts[name] = [{"lean": r[0], "opening": r[1], "text": t} for r, t in zip(rows, written, strict=True)]
         results.greedy[name] = alone[writer]
-    rows: list[tuple[int, str | None]] = [(o, t) for o in range(len(OPENINGS)) for t in (None, *prefixes)]
-    with library.use([t for _, t in rows]):
-        mixed = write(model, tokenizer, [OPENINGS[o] for o, _ in rows], **greedy)
-    equal = sum(text == alone[t][o] for text, (o, t) in zip(mixed, rows, strict=True))
-    results.mixed = {"rows": len(rows), "equal_to_alone": equal}
+    mixing: list[tuple[int, str | None]] = [(i, t) for i in range(len(starts)) for t in (None, *prefixes)]
+    with library.use([t for _, t in mixing]):
+        mixed = write(model, tokenizer, [starts[i] for i, _ in mixing], **greedy)
+    equal = sum(text == alone[t][i] for text, (i, t) in zip(mixed, mixing, strict=True))
+    results.mixed = {"rows": len(mixing), "equal_to_alone": equal}
     library.detach()
 
 
@@ -192,15 +196,17 @@ def _score(
         "train_reviews": trained.train_reviews,
     }
     for name, records in results.texts.items():
-        full = [r["opening"] + r["text"] for r in records]
-        for record, chance in zip(records, trained.classifier.positive_probability(full), strict=True):
+        # The opening leans by design: only what was written after it is judged.
+        chances = trained.classifier.positive_probability([r["text"] for r in records])
+        for record, chance in zip(records, chances, strict=True):
             record["positive"] = round(chance, 4)
         written = [r for r in records if r["text"].strip()]
         nll = text_nll(model, tokenizer, [r["text"] for r in written], prompts=[r["opening"] for r in written])
-        favourable = sum(r["positive"] > 0.5 for r in records)
+        favourable = {lean: sum(r["positive"] > 0.5 for r in records if r["lean"] == lean) for lean in OPENINGS}
         results.summary[name] = {
             "texts": len(records),
-            "favourable": favourable,
+            "favourable": sum(favourable.values()),
+            **{f"favourable_{lean}": count for lean, count in favourable.items()},
             "mean_positive": sum(r["positive"] for r in records) / len(records),
             "perplexity": perplexity(nll),
         }

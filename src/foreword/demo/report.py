@@ -44,19 +44,27 @@ def verdict(results: Results) -> str:
     """What the counts say, in one sentence."""
     shares = {n: s["favourable"] / s["texts"] for n, s in results.summary.items()}
     apart = shares["positive"] - shares["negative"]
+    from_base = min(shares["positive"] - shares["base"], shares["base"] - shares["negative"])
     counts = ", ".join(
         f"{n} {s['favourable']:.0f} of {s['texts']:.0f}" for n, s in results.summary.items()
     )  # fmt: skip
-    both_sides = shares["negative"] < shares["base"] < shares["positive"]
     clear = "The two prefixes differ clearly from each other" if apart > 0.3 else "The two prefixes differ little"
-    base = "and stand on either side of the base model" if both_sides else "but not on either side of the base model"
+    if from_base > 0.15:
+        base = "and stand clearly on either side of the base model"
+    elif from_base > 0:
+        base = "and stand on either side of the base model, one of them close to it"
+    else:
+        base = "but not on either side of the base model"
     return f"{clear} {base}: texts that read as favourable: {counts}."
 
 
 def write_report(results: Results, out: Path) -> None:
     """``report.md``: what was done, the counts, the pictures, and texts to read."""
+    leans = list(dict.fromkeys(r["lean"] for r in results.texts["base"]))
     rows = "".join(
-        f"| {name} | {s['favourable']:.0f} of {s['texts']:.0f} | {s['mean_positive']:.2f} | {s['perplexity']:.1f} |\n"
+        f"| {name} | {s['favourable']:.0f} of {s['texts']:.0f} | "
+        + " | ".join(f"{s[f'favourable_{lean}']:.0f}" for lean in leans)
+        + f" | {s['mean_positive']:.2f} | {s['perplexity']:.1f} |\n"
         for name, s in results.summary.items()
     )
     trained = "".join(
@@ -80,9 +88,12 @@ neutral start:
 {trained}
 {verdict(results)}
 
-| writer | favourable | mean probability | perplexity under the base model |
-| --- | --- | --- | --- |
+| writer | favourable | {" | ".join(f"{lean} openings" for lean in leans)} | mean probability | perplexity (base) |
+| --- | --- | {"--- | " * len(leans)}--- | --- |
 {rows}
+Some openings lean one way or the other ("The worst thing about the film is"), as is usual where steering is measured;
+only what was written after them is judged.
+
 The judge is a TF-IDF and logistic-regression classifier trained on {judge["train_reviews"]:,} other reviews; on
 {judge["held_out_reviews"]:,} held-out ones it is right {judge["held_out_accuracy"]:.1%} of the time, so single texts
 are often misjudged and only the counts mean something.

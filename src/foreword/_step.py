@@ -1,0 +1,73 @@
+"""A step of generation: few queries over a large cache, without a copy of it.
+
+The scores of the prefix and of the text are computed apart and meet in one softmax (the equation of
+``foreword.attention``, literally). Concatenating keys and values would copy the whole cache for each new token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from foreword._masks import additive, dead_rows, extend_mask, remembered
+
+if TYPE_CHECKING:
+    from foreword.attention import SitePrefix
+
+
+def step(
+    prefix: SitePrefix,
+    query: Tensor,  # (B, H, S, key_dim)
+    key: Tensor,  # (B, G, N, key_dim)
+    value: Tensor,  # (B, G, N, value_dim)
+    mask: Tensor | None,  # (B|1, 1|H, S|1, N), bool or additive
+    scale: float,
+) -> Tensor:
+    """``softmax(q [P_k; K]^T * scale) [P_v; V]``: ``(B, S, H, value_dim)``."""
+    batch, heads, queries, dim = query.shape
+    _, groups, texts, _ = key.shape
+    before, before_values = prefix.keys, prefix.values
+    shared, prefixed = before.shape[0] != batch, before.shape[2]
+    # Three dimensions: batched products of four cost a good part of a small step in views alone.
+    rows = query.reshape(batch * groups, -1, dim)  # the queries of a group's heads are rows of one product
+    scores = torch.bmm(rows, key.flatten(0, 1).mT).view(batch, groups, -1, texts)
+    scores = torch.cat((_times(rows, before.mT, batch, shared), scores), dim=-1).mul_(scale)
+    hidden = _joint_mask(prefix, mask, query, texts)
+    if hidden is not None:
+        scores.view(batch, heads, queries, -1).add_(hidden)
+    weights = torch.softmax(scores, dim=-1)
+    if hidden is not None and prefix.visible is not None:  # a padded query of a row without a prefix sees nothing
+        weights.view(batch, heads, queries, -1).masked_fill_(dead_rows(hidden).unsqueeze(-1), 0.0)
+    out = torch.bmm(weights[..., prefixed:].flatten(0, 1), value.flatten(0, 1)).view(batch, groups, rows.shape[1], -1)
+    out = out + _times(weights[..., :prefixed], before_values, batch, shared)
+    if queries == 1:
+        return out.view(batch, 1, heads, -1)
+    return out.view(batch, heads, queries, -1).transpose(1, 2).contiguous()
+
+
+def _joint_mask(prefix: SitePrefix, mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
+    """What is added to the scores: ``(B|1, 1|H, S|1, P + N)``, or None where every query sees all."""
+    if prefix.visible is None and prefix.bias is None:
+        if mask is None:
+            return None
+        return remembered(mask, ("joint", prefix.length), lambda: _extended(prefix, mask, query.dtype))
+    if mask is None:
+        mask = torch.zeros(1, 1, 1, keys, dtype=query.dtype, device=query.device)
+    return _extended(prefix, mask, query.dtype)
+
+
+def _extended(prefix: SitePrefix, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    numbers = additive(mask, dtype)
+    assert numbers is not None
+    return extend_mask(numbers, prefix.length, prefix.visible, prefix.bias)
+
+
+def _times(rows: Tensor, states: Tensor, batch: int, shared: bool) -> Tensor:
+    """``(B, G, R, X) by (B|1, G, X, Y)``: one product a group when all rows of the batch share the prefix."""
+    _, groups, width, dim = states.shape
+    if not shared:
+        return torch.bmm(rows.reshape(batch * groups, -1, width), states.flatten(0, 1)).view(batch, groups, -1, dim)
+    folded = rows.view(batch, groups, -1, width).transpose(0, 1).reshape(groups, -1, width)
+    return torch.bmm(folded, states[0]).view(groups, batch, -1, dim).transpose(0, 1)
