@@ -29,7 +29,7 @@ def main() -> None:
     rows = []
     for masked, training, text, length in product((False, True), (True, False), texts, prefixes):
         batch = 1 if text >= 2048 else 8 if text <= 256 else 2
-        if training and text <= 4:  # a step of generation
+        if text <= 4 and (training or (text > 1 and not masked)):  # a step of generation
             continue
         rows.append(measure(batch, text, length, masked, training, options.rounds))
         show(rows[-1])
@@ -113,7 +113,9 @@ def draw(rows: list[dict]) -> None:
     for axes, (masked, training) in zip(grid.flat, product((False, True), (True, False)), strict=True):
         for length in sorted({r["prefix"] for r in rows}):
             line = [r for r in rows if r["prefix"] == length and r["masked"] == masked and r["training"] == training]
-            axes.plot([r["text"] for r in line], [r["ratios"]["merged"] for r in line], marker="o", label=f"prefix {length}")
+            axes.plot(
+                [r["text"] for r in line], [r["ratios"]["merged"] for r in line], marker="o", label=f"prefix {length}"
+            )
         axes.axhline(1, color="black", linewidth=0.7)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)

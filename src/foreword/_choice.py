@@ -19,6 +19,7 @@ Path = Literal["merged", "concat", "step"]
 
 FEW_QUERIES = 8
 LONG_PREFIX = 512
+VERY_LONG_PREFIX = 2048
 LONG_TEXT = 768  # causal without a mask
 
 
@@ -26,10 +27,15 @@ def cheapest(query: Tensor, key: Tensor, prefix: SitePrefix, mask: Any) -> Path:
     """The path that is fastest for these sizes (measured on CPUs)."""
     batch, _, queries, _ = query.shape
     if queries <= 2 * FEW_QUERIES:  # a step of generation, or a short prompt
-        copied = batch * (key.shape[2] + prefix.length)
-        if queries > FEW_QUERIES or (queries > 1 and mask is None):
-            return "merged" if copied >= 1200 + 80 * queries else "concat"
-        return "step" if copied + 64 * batch >= 800 + 50 * queries else "concat"
-    if prefix.length >= LONG_PREFIX:
-        return "merged" if mask is None or queries < 1024 else "concat"
-    return "merged" if mask is None and queries >= LONG_TEXT else "concat"
+        texts = key.shape[2] if mask is not None or queries == 1 else queries  # causal: the rest of a cache is empty
+        copied = batch * (texts + prefix.length)
+        stepping = queries == 1 or (mask is not None and queries <= FEW_QUERIES)
+        if stepping and not (queries > 1 and prefix.length >= VERY_LONG_PREFIX):
+            return "step" if copied + 64 * batch >= 800 + 50 * queries else "concat"
+        return "merged" if copied >= 1200 + 80 * queries else "concat"
+    if mask is None and queries >= LONG_TEXT:
+        return "merged"
+    if query.requires_grad or prefix.keys.requires_grad:  # the backward of two calls costs more than their forward
+        long = VERY_LONG_PREFIX if queries > 4 * FEW_QUERIES else LONG_PREFIX
+        return "merged" if prefix.length >= long and queries <= 64 and mask is None else "concat"
+    return "merged" if prefix.length >= LONG_PREFIX and (mask is None or queries < 1024) else "concat"

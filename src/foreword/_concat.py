@@ -34,12 +34,11 @@ def concatenate(
     """The reference path: the delegate over keys and values that begin with the prefix."""
     bias = kwargs.get("position_bias")
     on_cpu = delegate_name == "sdpa" and query.is_cpu and bias is None
-    if attention_mask is None and is_causal(module, query, None, kwargs) and delegate_name != "eager":
-        if "flash" not in delegate_name:
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-            attention_mask = causal_mask(query)
     if "flash" in delegate_name:
         _check_flash(prefix, key, attention_mask, kwargs)
+    elif attention_mask is None and is_causal(module, query, None, kwargs) and delegate_name != "eager":
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        attention_mask = causal_mask(query)
     if attention_mask is None and (prefix.visible is not None or prefix.bias is not None):
         attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     if attention_mask is not None:

@@ -6,12 +6,14 @@ The scores of the prefix and of the text are computed apart and meet in one soft
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from foreword._masks import additive, dead_rows, extend_mask, remembered
+from foreword._masks import additive, dead_rows, extend_mask
 
 if TYPE_CHECKING:
     from foreword.attention import SitePrefix
@@ -22,7 +24,7 @@ def step(
     query: Tensor,  # (B, H, S, key_dim)
     key: Tensor,  # (B, G, N, key_dim)
     value: Tensor,  # (B, G, N, value_dim)
-    mask: Tensor | None,  # (B|1, 1|H, S|1, N), bool or additive
+    hidden: Tensor | None,  # (B|1, 1|H, S|1, P + N) added to the scores
     scale: float,
 ) -> Tensor:
     """``softmax(q [P_k; K]^T * scale) [P_v; V]``: ``(B, S, H, value_dim)``."""
@@ -34,7 +36,6 @@ def step(
     rows = query.reshape(batch * groups, -1, dim)  # the queries of a group's heads are rows of one product
     scores = torch.bmm(rows, key.flatten(0, 1).mT).view(batch, groups, -1, texts)
     scores = torch.cat((_times(rows, before.mT, batch, shared), scores), dim=-1).mul_(scale)
-    hidden = _joint_mask(prefix, mask, query, texts)
     if hidden is not None:
         scores.view(batch, heads, queries, -1).add_(hidden)
     weights = torch.softmax(scores, dim=-1)
@@ -47,21 +48,40 @@ def step(
     return out.view(batch, heads, queries, -1).transpose(1, 2).contiguous()
 
 
-def _joint_mask(prefix: SitePrefix, mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
+_Step = tuple["weakref.ref[Tensor]", int, int, Tensor]  # the mask, its version, the prefix's length, what is added
+_last: _Step | None = None  # of any thread: it is only ever used for the mask that it is of
+
+
+def repeated(prefix: SitePrefix, query: Tensor, mask: Tensor) -> Tensor | None:
+    """What the last step added to its scores, if this one differs by its layer only: the same mask, a like prefix.
+
+    A model hands one mask to all layers, so what was decided in the first holds in the others, and deciding costs
+    more there than several of a step's products.
+    """
+    last = _last
+    if last is None or is_compiling():
+        return None
+    held, version, length, hidden = last
+    if held() is not mask or mask._version != version or prefix.keys.shape[2] != length:
+        return None
+    alike = prefix.rows is None and prefix.bias is None and prefix.gate is None and prefix.visible is None
+    return hidden if alike and prefix.keys.dtype is query.dtype is hidden.dtype else None
+
+
+def joint_mask(prefix: SitePrefix, mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
     """What is added to the scores: ``(B|1, 1|H, S|1, P + N)``, or None where every query sees all."""
-    if prefix.visible is None and prefix.bias is None:
-        if mask is None:
-            return None
-        return remembered(mask, ("joint", prefix.length), lambda: _extended(prefix, mask, query.dtype))
+    alike = prefix.visible is None and prefix.bias is None
     if mask is None:
+        if alike:
+            return None
         mask = torch.zeros(1, 1, 1, keys, dtype=query.dtype, device=query.device)
-    return _extended(prefix, mask, query.dtype)
-
-
-def _extended(prefix: SitePrefix, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    numbers = additive(mask, dtype)
+    numbers = additive(mask, query.dtype)
     assert numbers is not None
-    return extend_mask(numbers, prefix.length, prefix.visible, prefix.bias)
+    hidden = extend_mask(numbers, prefix.length, prefix.visible, prefix.bias)
+    if alike and query.shape[2] == 1 and not mask.is_inference() and not is_compiling():
+        global _last
+        _last = (weakref.ref(mask), mask._version, prefix.length, hidden)
+    return hidden
 
 
 def _times(rows: Tensor, states: Tensor, batch: int, shared: bool) -> Tensor:

@@ -34,7 +34,7 @@ from foreword._choice import Path, cheapest
 from foreword._concat import Delegate, concatenate
 from foreword._kernels import Kernel, kernel_for
 from foreword._masks import additive, is_causal
-from foreword._step import step
+from foreword._step import joint_mask, repeated, step
 from foreword.errors import AttachError, ConfigError
 
 _PATH: ContextVar[Path | Literal["auto"]] = ContextVar("foreword_path", default="auto")
@@ -62,10 +62,10 @@ class SitePrefix:
     def for_batch(self, query: Tensor) -> SitePrefix:
         """The same prefix in the query's dtype and device, one entry a row unless all rows share it."""
         rows, visible, keys = self.rows, self.visible, self.keys
-        if rows is None and self.bias is None and self.gate is None and keys.dtype is query.dtype:
-            # Two questions to the tensors are cheaper than comparing devices, at each layer of each token.
-            if (keys.is_cpu and query.is_cpu) or keys.device == query.device:
-                return self
+        plain = rows is None and self.bias is None and self.gate is None and keys.dtype is query.dtype
+        # Two questions to the tensors are cheaper than comparing devices, at each layer of each token.
+        if plain and ((keys.is_cpu and query.is_cpu) or keys.device == query.device):
+            return self
         keys, values = self.keys.to(query), self.values.to(query)
         if rows is not None:
             batch = query.shape[0]
@@ -118,6 +118,8 @@ def attend(
     Raises:
         AttachError: the batch does not fit the tasks named, or the delegate cannot carry a prefix here.
     """
+    if attention_mask is not None and not _forced and (hidden := repeated(prefix, query, attention_mask)) is not None:
+        return step(prefix, query, key, value, hidden, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
     prefix = prefix.for_batch(query)
     if prefix.gate is not None:
         text, weights = delegate(module, query, key, value, attention_mask, **kwargs)
@@ -127,7 +129,7 @@ def attend(
         return concatenate(prefix, delegate, delegate_name, module, query, key, value, attention_mask, kwargs)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     if path == "step":
-        return step(prefix, query, key, value, attention_mask, scale), None
+        return step(prefix, query, key, value, joint_mask(prefix, attention_mask, query, key.shape[2]), scale), None
     causal = is_causal(module, query, attention_mask, kwargs)
     if causal and key.shape[2] > query.shape[2]:  # first pass over an empty static cache: the rest is unused
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
@@ -274,4 +276,6 @@ def _path(
     return "merged" if usable else "concat"
 
 
-_CARRIED = frozenset(("softcap", "s_aux", "position_bias", "cache"))  # arguments that only the delegate knows how to honour
+_CARRIED = frozenset(
+    ("softcap", "s_aux", "position_bias", "cache")
+)  # arguments that only the delegate knows how to honour

@@ -13,8 +13,8 @@ from foreword.errors import ConfigError
 
 def run(
     out: Annotated[Path, Option(help="Folder for prefixes, results and report.")] = Path("demo-out"),
-    steps: Annotated[int, Option(min=2, help="Training steps for each prefix.")] = 80,
-    samples: Annotated[int, Option(min=1, help="Texts written from each opening.")] = 4,
+    steps: Annotated[int, Option(min=2, help="Training steps for each prefix.")] = 60,
+    samples: Annotated[int, Option(min=1, help="Texts written from each opening.")] = 8,
     seed: Annotated[int, Option()] = 1,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier demo in --out.")] = False,
 ) -> None:

@@ -1,7 +1,7 @@
 """The main job, on real parts: from film reviews to two trained prefixes of one frozen model, and what they write.
 
-One base model, two tasks: a prefix trained on favourable reviews and one on unfavourable ones. Both start from the
-same neutral text, so what tells them apart is what they were trained on.
+One base model, two tasks: a prefix trained on favourable reviews and one on unfavourable ones, each started from a
+text that names its task.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ from foreword.serve.library import Library
 from foreword.train.run import train_prefix
 
 TASKS = {"positive": "1", "negative": "0"}
-INIT = "Here is what somebody who has just come out of the cinema wrote about the film they saw there:"
+STARTS = {
+    "positive": "Here is a glowing, enthusiastic review by somebody who loved every minute of this wonderful film:",
+    "negative": "Here is a scathing, disappointed review by somebody who hated every minute of this dreadful film:",
+}
 # As in work on steering sentiment: some openings say nothing yet, some lean one way, some the other.
 OPENINGS = {
     "neutral": ("The film", "This movie", "The director", "The acting"),
-    "praising": ("The best thing about the film is", "I was delighted", "It is a lovely story", "The actors are superb"),
-    "critical": ("The worst thing about the film is", "I was bored", "It is a silly story", "The actors are dreadful"),
-}
+    "praising": ("The best thing about the film is", "I was delighted", "The acting is superb and the script",
+                 "I loved this movie because"),
+    "critical": ("The movie is a mess, and", "Two hours of boredom:", "The acting is terrible and the script",
+                 "The plot makes no sense and"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ class Plan:
 
     steps: int = 60
     batch_size: int = 8
-    length: int = 16
-    max_tokens: int = 40
+    length: int = 18
+    max_tokens: int = 48
     examples: int = 720
-    samples: int = 4
+    samples: int = 8
     new_tokens: int = 40
     seed: int = 1
 
@@ -90,7 +95,8 @@ def run_demo(out: Path, plan: Plan, console: Console) -> Results:
     for task, label in TASKS.items():
         texts = pick_reviews(reviews, label, plan)
         used += texts
-        prefixes[task], results.trained[task] = _train(model, tokenizer, task, texts, out, plan, console)
+        endings = [ending(text) for text in texts]
+        prefixes[task], results.trained[task] = _train(model, tokenizer, task, endings, out, plan, console)
     results.seconds["training"] = time.perf_counter() - began
     began = time.perf_counter()
     with console.status("writing …"):
@@ -110,10 +116,22 @@ def run_demo(out: Path, plan: Plan, console: Console) -> Results:
 
 
 def pick_reviews(path: Path, label: str, plan: Plan) -> list[str]:
-    """Real reviews of one label, in plain text, drawn at random: Rotten Tomatoes', one sentence each."""
+    """Real IMDB reviews of one label, in plain text, drawn at random from those with an :func:`ending`."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [r["text"] for r in csv.DictReader(file) if r["label"] == label and r["source"] == "rotten_tomatoes"]
-    return [plain(text) for text in random.Random(plan.seed).sample(rows, plan.examples)]
+        rows = [r["text"] for r in csv.DictReader(file) if r["label"] == label and r["source"] == "imdb"]
+    texts = [plain(text) for text in rows]
+    return random.Random(plan.seed).sample([t for t in texts if ending(t)], plan.examples)
+
+
+def ending(text: str, least: int = 12, most: int = 40) -> str:
+    """The last sentences of a review, where people say what they think; empty if they have too many words."""
+    kept: list[str] = []
+    for sentence in reversed(re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])", text)):
+        kept.insert(0, sentence)
+        if len(" ".join(kept).split()) >= least:
+            break
+    found = " ".join(kept)
+    return found if least <= len(found.split()) <= most else ""
 
 
 def plain(text: str) -> str:
@@ -128,7 +146,7 @@ def _train(
     held = len(texts) // 10
     read = [read_examples([{"text": t} for t in part]) for part in (texts[held:], texts[:held])]
     train, valid = (encode(e, tokenizer, max_length=plan.max_tokens) for e in read)
-    config = PrefixConfig(length=plan.length, init=INIT, seed=plan.seed)
+    config = PrefixConfig(length=plan.length, init=STARTS[task], seed=plan.seed)
     arguments = {
         "max_steps": plan.steps, "per_device_train_batch_size": plan.batch_size, "eval_steps": max(1, plan.steps // 2),
         "seed": plan.seed, "save_strategy": "no", "report_to": "none", "logging_steps": 2, "use_cpu": True,
@@ -207,6 +225,7 @@ def _score(
             "texts": len(records),
             "favourable": sum(favourable.values()),
             **{f"favourable_{lean}": count for lean, count in favourable.items()},
+            **{f"texts_{lean}": sum(r["lean"] == lean for r in records) for lean in OPENINGS},
             "mean_positive": sum(r["positive"] for r in records) / len(records),
             "perplexity": perplexity(nll),
         }

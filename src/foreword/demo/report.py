@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,21 +43,28 @@ def draw(results: Results, out: Path) -> None:
 
 
 def verdict(results: Results) -> str:
-    """What the counts say, in one sentence."""
-    shares = {n: s["favourable"] / s["texts"] for n, s in results.summary.items()}
-    apart = shares["positive"] - shares["negative"]
-    from_base = min(shares["positive"] - shares["base"], shares["base"] - shares["negative"])
-    counts = ", ".join(
-        f"{n} {s['favourable']:.0f} of {s['texts']:.0f}" for n, s in results.summary.items()
-    )  # fmt: skip
-    clear = "The two prefixes differ clearly from each other" if apart > 0.3 else "The two prefixes differ little"
-    if from_base > 0.15:
-        base = "and stand clearly on either side of the base model"
-    elif from_base > 0:
-        base = "and stand on either side of the base model, one of them close to it"
+    """What the numbers say, in one sentence. Clear is a difference of two standard errors."""
+    differences = {pair: _difference(results, *pair) for pair in _PAIRS}
+    low = min(mean / error if error else 0.0 for mean, error in differences.values())
+    if low > 2:
+        said = "The two prefixes differ clearly from each other and from the base model"
+    elif low > 0:
+        said = "The two prefixes stand on either side of the base model, but not every difference is clear"
     else:
-        base = "but not on either side of the base model"
-    return f"{clear} {base}: texts that read as favourable: {counts}."
+        said = "The two prefixes do not stand on either side of the base model"
+    means = ", ".join(f"{a} - {b} {mean:+.2f} ± {error:.2f}" for (a, b), (mean, error) in differences.items())
+    counts = ", ".join(f"{n} {s['favourable']:.0f} of {s['texts']:.0f}" for n, s in results.summary.items())
+    return f"{said} (mean probability and standard error: {means}). Texts that read as favourable: {counts}."
+
+
+_PAIRS = (("positive", "base"), ("base", "negative"), ("positive", "negative"))
+
+
+def _difference(results: Results, a: str, b: str) -> tuple[float, float]:
+    """Difference of two writers' mean probabilities of favourable, and its standard error."""
+    chances = [[float(r["positive"]) for r in results.texts[name]] for name in (a, b)]
+    error = math.sqrt(sum(statistics.variance(c) / len(c) for c in chances))
+    return statistics.fmean(chances[0]) - statistics.fmean(chances[1]), error
 
 
 def write_report(results: Results, out: Path) -> None:
@@ -63,7 +72,7 @@ def write_report(results: Results, out: Path) -> None:
     leans = list(dict.fromkeys(r["lean"] for r in results.texts["base"]))
     rows = "".join(
         f"| {name} | {s['favourable']:.0f} of {s['texts']:.0f} | "
-        + " | ".join(f"{s[f'favourable_{lean}']:.0f}" for lean in leans)
+        + " | ".join(f"{s[f'favourable_{lean}']:.0f} of {s[f'texts_{lean}']:.0f}" for lean in leans)
         + f" | {s['mean_positive']:.2f} | {s['perplexity']:.1f} |\n"
         for name, s in results.summary.items()
     )
@@ -82,8 +91,8 @@ def write_report(results: Results, out: Path) -> None:
     report = f"""# Two prefixes, one frozen model
 
 Base model: {results.base_model}, untouched. Two prefixes of {results.plan["length"]} virtual tokens were trained
-for {results.plan["steps"]} steps of {results.plan["batch_size"]} real Rotten Tomatoes reviews each, from the same
-neutral start:
+for {results.plan["steps"]} steps of {results.plan["batch_size"]} endings of real IMDB reviews each, from texts that
+name the two tasks:
 
 {trained}
 {verdict(results)}
