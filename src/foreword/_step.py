@@ -39,8 +39,10 @@ def step(
     if hidden is not None:
         scores.view(batch, heads, queries, -1).add_(hidden)
     weights = torch.softmax(scores, dim=-1)
-    if hidden is not None and prefix.visible is not None:  # a padded query of a row without a prefix sees nothing
-        weights.view(batch, heads, queries, -1).masked_fill_(dead_rows(hidden).unsqueeze(-1), 0.0)
+    if hidden is not None and prefix.visible is not None:
+        # A padded query of a row without a prefix sees nothing at all.
+        dead = dead_rows(hidden).unsqueeze(-1)
+        weights = weights.view(batch, heads, queries, -1).masked_fill(dead, 0.0).view(weights.shape)
     out = torch.bmm(weights[..., prefixed:].flatten(0, 1), value.flatten(0, 1)).view(batch, groups, rows.shape[1], -1)
     out = out + _times(weights[..., :prefixed], before_values, batch, shared)
     if queries == 1:
