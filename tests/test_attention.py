@@ -161,7 +161,7 @@ def test_merged_is_the_joint_softmax(case):
 
 
 @settings(max_examples=150)
-@given(cases(value_dims=(4, 6)), st.sampled_from(["sdpa", "eager"]), st.sampled_from(["auto", "concat"]))
+@given(cases(value_dims=(4, 6)), st.sampled_from(["sdpa", "eager"]), st.sampled_from(["auto", "concat", "step"]))
 def test_attend_is_the_joint_softmax(case, name, path):
     mask, seen = mask_of(case)
     q, k, v = case.tensors[:3]

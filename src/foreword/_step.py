@@ -36,12 +36,14 @@ def step(
     rows = query.reshape(batch * groups, -1, dim)  # the queries of a group's heads are rows of one product
     scores = torch.bmm(rows, key.flatten(0, 1).mT).view(batch, groups, -1, texts)
     scores = torch.cat((_times(rows, before.mT, batch, shared), scores), dim=-1).mul_(scale)
+    dead = None
+    if hidden is not None and prefix.visible is not None:
+        dead = dead_rows(hidden).unsqueeze(-1)  # a padded query that sees no prefix sees nothing at all
+        hidden = hidden.masked_fill(dead, 0.0)  # an empty softmax is not a number: zeroed below
     if hidden is not None:
         scores.view(batch, heads, queries, -1).add_(hidden)
     weights = torch.softmax(scores, dim=-1)
-    if hidden is not None and prefix.visible is not None:
-        # A padded query of a row without a prefix sees nothing at all.
-        dead = dead_rows(hidden).unsqueeze(-1)
+    if dead is not None:
         weights = weights.view(batch, heads, queries, -1).masked_fill(dead, 0.0).view(weights.shape)
     out = torch.bmm(weights[..., prefixed:].flatten(0, 1), value.flatten(0, 1)).view(batch, groups, rows.shape[1], -1)
     out = out + _times(weights[..., :prefixed], before_values, batch, shared)
