@@ -3,7 +3,7 @@
 The base's backward runs to its input embeddings, which is what any method that trains something below the layers
 pays. Same data, same loss, one process, taking turns.
 
-    python benchmarks/step.py [--batch 8] [--tokens 128] [--length 20] [--rounds 7] [--no-peft]
+    python benchmarks/step.py [--batch 8] [--tokens 128] [--length 20] [--rounds 7] [--no-peft] [--methods]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--methods", action="store_true", help="what each option costs over a plain prefix, instead")
     options = parser.parse_args()
 
     import torch
@@ -31,19 +32,22 @@ def main() -> None:
     model, _ = fw.load_model(options.model)
     model.requires_grad_(False)
     ids = torch.randint(5, model.config.vocab_size - 5, (options.batch, options.tokens))
+    labels = ids.clone()
+    if options.methods:  # half is input, so that an infix has a boundary
+        labels[:, : options.tokens // 2] = -100
     embed = model.get_input_embeddings()
 
     def base_step() -> None:
         model(inputs_embeds=embed(ids).requires_grad_(), labels=ids).loss.backward()
 
-    def with_prefix(config: fw.PrefixConfig, path: str = "auto"):
+    def with_prefix(config, path: str = "auto"):
         @contextmanager
         def variant():
             tuning = fw.attach(model, config)
 
             def step() -> None:
                 with fw.attention_path(path):
-                    model(input_ids=ids, labels=ids).loss.backward()
+                    model(input_ids=ids, labels=labels).loss.backward()
 
             try:
                 yield step
@@ -79,11 +83,33 @@ def main() -> None:
     }
     if not options.no_peft:
         variants |= {"PEFT, direct": with_peft(False), "PEFT, MLP 512": with_peft(True)}
-    result = ratios(take_turns(variants, rounds=options.rounds), "base")
-    print(f"batch {options.batch} x {options.tokens} tokens, {options.length} virtual tokens; ratios to the base model")
+    against = "base"
+    if options.methods:
+        against = "plain prefix"
+        variants = {n: with_prefix(c) for n, c in methods(options.length).items()}
+    result = ratios(take_turns(variants, rounds=options.rounds), against)
+    print(f"batch {options.batch} x {options.tokens} tokens, {options.length} virtual tokens; ratios to the {against}")
     for name, ratio in result.items():
         print(f"{name:34} {ratio:.3f}")
-    keep("step", {"options": vars(options), "ratios": result})
+    keep("step_methods" if options.methods else "step", {"options": vars(options), "ratios": result})
+
+
+def methods(length: int) -> dict:
+    """Each option alone, and what it is compared with."""
+    import foreword as fw
+
+    plain = {"length": length, "init": "random"}
+    return {
+        "plain prefix": fw.PrefixConfig(**plain),
+        "infix": fw.PrefixConfig(**plain, visible="infix:1"),
+        "first half": fw.PrefixConfig(**plain, visible="first:64"),
+        "weight per head": fw.PrefixConfig(**plain, gate="head"),
+        "weight per query": fw.PrefixConfig(**plain, gate="input"),
+        "zero-initialised gate": fw.PrefixConfig(**plain, gate="zero"),
+        "prefix and memory": [fw.PrefixConfig(**plain), fw.MemoryConfig()],
+        "prefix and memory of rank 4": [fw.PrefixConfig(**plain), fw.MemoryConfig(rank=4)],
+        "prompt": fw.PromptConfig(length=length, init="vocabulary"),
+    }
 
 
 if __name__ == "__main__":

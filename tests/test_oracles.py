@@ -325,6 +325,8 @@ def test_training_from_a_text_begins_at_that_text(kind):
         ({"reparam": "low-rank", "rank": 3}, 4 * 3 + 3 * 64),
         ({"gate": "head"}, 2 * 4 * 32 + 2 * 4),
         ({"gate": "zero"}, 2 * 4 * 32 + 2 * 4),
+        ({"gate": "input"}, 2 * 4 * 32 + 2 * 4 * 9),
+        ({"visible": "infix"}, 2 * 4 * 32),
     ],
 )
 def test_parameter_counts(change, count):

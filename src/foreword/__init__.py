@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foreword._queries import boundary
     from foreword.attention import attention_path
     from foreword.config import PrefixConfig
     from foreword.errors import (
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         PrefixFileError,
         UnsupportedModelError,
     )
+    from foreword.methods import AdapterConfig, BitFitConfig, FullConfig, LoRAConfig, MemoryConfig, PromptConfig
     from foreword.models import load_model
     from foreword.prefix import Prefix
     from foreword.serve.library import Library
@@ -37,6 +39,10 @@ __version__ = "0.1.0"
 # Names are looked up when first used, so that `foreword --help` doesn't wait for torch.
 _HOMES = {
     "attention_path": "attention",
+    "boundary": "_queries",
+    **dict.fromkeys(
+        ("AdapterConfig", "BitFitConfig", "FullConfig", "LoRAConfig", "MemoryConfig", "PromptConfig"), "methods"
+    ),
     "PrefixConfig": "config",
     "load_model": "models",
     "Prefix": "prefix",
@@ -64,12 +70,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterConfig",
     "AttachError",
+    "BitFitConfig",
     "ConfigError",
     "DataError",
     "DivergedError",
     "ForewordError",
+    "FullConfig",
     "Library",
+    "LoRAConfig",
+    "MemoryConfig",
     "MismatchError",
     "MissingPartError",
     "Prefix",
@@ -77,11 +88,13 @@ __all__ = [
     "PrefixFileError",
     "PrefixTrainer",
     "PrefixTrainingArguments",
+    "PromptConfig",
     "Site",
     "Tuning",
     "UnsupportedModelError",
     "attach",
     "attention_path",
+    "boundary",
     "load_model",
     "sites",
 ]

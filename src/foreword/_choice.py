@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from foreword.attention import SitePrefix
+    from foreword._views import BatchPrefix
 
 Path = Literal["merged", "concat", "step"]
 
@@ -23,7 +23,7 @@ VERY_LONG_PREFIX = 2048
 LONG_TEXT = 768  # causal without a mask
 
 
-def cheapest(query: Tensor, key: Tensor, prefix: SitePrefix, mask: Any) -> Path:
+def cheapest(query: Tensor, key: Tensor, prefix: BatchPrefix, mask: Any) -> Path:
     """The path that is fastest for these sizes (measured on CPUs)."""
     batch, _, queries, _ = query.shape
     if queries <= 2 * FEW_QUERIES:  # a step of generation, or a short prompt

@@ -15,13 +15,13 @@ from foreword._masks import additive, causal_mask, extend_mask, is_causal
 from foreword.errors import AttachError
 
 if TYPE_CHECKING:
-    from foreword.attention import SitePrefix
+    from foreword._views import BatchPrefix
 
 Delegate = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def concatenate(
-    prefix: SitePrefix,
+    prefix: BatchPrefix,
     delegate: Delegate,
     delegate_name: str,
     module: nn.Module,
@@ -56,7 +56,7 @@ def concatenate(
     return delegate(module, query, key, value, attention_mask, **kwargs)
 
 
-def _join(prefix: SitePrefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _join(prefix: BatchPrefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values that begin with the prefix's: ``(B, G, P + N, dim)`` each."""
     batch = key.shape[0]
     before, before_values = prefix.keys.expand(batch, -1, -1, -1), prefix.values.expand(batch, -1, -1, -1)
@@ -79,7 +79,7 @@ def _grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     return out.transpose(1, 2).contiguous()
 
 
-def _extend(mask: Any, prefix: SitePrefix, query: Tensor) -> Any:
+def _extend(mask: Any, prefix: BatchPrefix, query: Tensor) -> Any:
     if not isinstance(mask, Tensor):  # flex attention's BlockMask
         return _extend_block_mask(mask, prefix, query)
     if mask.dim() == 2:  # flash: (B, N), 1 where a token is real
@@ -89,7 +89,7 @@ def _extend(mask: Any, prefix: SitePrefix, query: Tensor) -> Any:
     return extend_mask(mask, prefix.length, prefix.visible, prefix.bias)
 
 
-def _extend_block_mask(mask: Any, prefix: SitePrefix, query: Tensor) -> Any:
+def _extend_block_mask(mask: Any, prefix: BatchPrefix, query: Tensor) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     if prefix.bias is not None:
@@ -110,7 +110,7 @@ def _extend_block_mask(mask: Any, prefix: SitePrefix, query: Tensor) -> Any:
     )
 
 
-def _check_flash(prefix: SitePrefix, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
+def _check_flash(prefix: BatchPrefix, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
     """Flash kernels align causality to the last key, so a prefix before the text is right by itself, but:"""
     advice = "; load the model with attn_implementation='sdpa'"
     window = kwargs.get("sliding_window")

@@ -85,7 +85,7 @@ def extend_mask(mask: Tensor, prefix: int, visible: Tensor | None, bias: Tensor 
         mask: ``(B|1, 1|H, S|1, N)``, bool or additive.
         prefix: P, the number of columns to add.
         visible: ``(B, P)`` bool, or None when every row sees all of the prefix.
-        bias: ``(H,)`` added to the scores of the prefix, or None. Makes the mask additive.
+        bias: ``(B|1, H|1, S|1, 1)`` added to the scores of the prefix, or None. Makes the mask additive.
 
     Returns:
         ``(B|1, 1|H, S|1, P + N)`` of the mask's dtype (of the bias's when the mask was bool).
@@ -100,7 +100,7 @@ def extend_mask(mask: Tensor, prefix: int, visible: Tensor | None, bias: Tensor 
     if columns is not None:
         scores = scores.masked_fill(~columns, -torch.inf)
     if bias is not None:
-        scores = scores + bias.to(dtype)[None, :, None, None]
+        scores = scores + bias.to(dtype)
     return _prepend(additive(mask, dtype), scores, prefix)
 
 

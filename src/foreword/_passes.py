@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from foreword import _interface
-from foreword.attention import SitePrefix
+from foreword._views import SitePrefix
 from foreword.errors import AttachError
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ class Passes:
         if self.views is None:
             self.views = self._built()
         return self.views.get(name)
+
+    def seen(self, name: str, prefix: SitePrefix, query: torch.Tensor) -> torch.Tensor | None:
+        """Which queries of a site see the prefix; None: all."""
+        assert self.tuning.queries is not None and prefix.seen_by is not None
+        return self.tuning.queries.seen(name, prefix.seen_by, prefix.rows, query)
 
     def forget(self) -> None:
         """Something that the views were made of has changed."""
@@ -67,7 +72,7 @@ class Passes:
 
     def _check_route(self, model: PreTrainedModel, args: Any) -> None:
         name = model.config._attn_implementation_internal
-        if name is not None and not name.startswith(_interface.PREFIX):
+        if self.tuning.sites and name is not None and not name.startswith(_interface.PREFIX):
             raise AttachError(
                 f"the attention implementation was set to {name!r} while a prefix is attached, which would leave the "
                 "prefix out; detach, set it, and attach again"

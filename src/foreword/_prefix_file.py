@@ -1,7 +1,8 @@
 """The file format of a prefix: a folder of safetensors, JSON and a model card. Loading it never runs code.
 
-``prefix.safetensors`` holds ``<site>.keys``, ``<site>.values``, ``<site>.bias``, ``<site>.gate`` and
-``rotary.<i>.inv_freq``; ``foreword.json`` describes them. Both are checked against each other on loading.
+``prefix.safetensors`` holds ``<site>.keys``, ``<site>.values``, ``<site>.bias``, ``<site>.gate``, ``<site>.reading``,
+``<site>.memory``, ``weights/<method>/<name>`` and ``rotary.<i>.inv_freq``; ``foreword.json`` describes them. Both are
+checked against each other on loading.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,17 @@ from torch import Tensor
 
 from foreword.errors import ForewordError, PrefixFileError
 from foreword.fingerprint import Fingerprint
+from foreword.memory import Recall
 from foreword.positions import Rotation, group_rotations
 from foreword.sites import Site
+from foreword.visibility import parse
 
 if TYPE_CHECKING:
     from foreword.prefix import Prefix
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION, CARD = "prefix.safetensors", "foreword.json", "README.md"
+_WEIGHT = "weights/"
 
 
 def save(prefix: Prefix, folder: Path, *, overwrite: bool) -> Path:
@@ -79,9 +83,12 @@ def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for kind, group in (
         ("keys", prefix.keys), ("values", prefix.values), ("bias", prefix.bias), ("gate", prefix.gates),
+        ("reading", prefix.readings), ("memory", prefix.memory),
     ):  # fmt: skip
         for name, tensor in group.items():
             tensors[f"{name}.{kind}"] = tensor.detach().cpu().contiguous().clone()
+    for name, tensor in prefix.weights.items():
+        tensors[_WEIGHT + name] = tensor.detach().cpu().contiguous().clone()
     groups, index = group_rotations(prefix.rotations)
     for i, rotation in enumerate(groups):
         tensors[f"rotary.{i}.inv_freq"] = rotation.inv_freq.detach().cpu().to(torch.float64).clone()
@@ -93,6 +100,9 @@ def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:
             {**s.to_json(), "length": prefix.length(s.name), "rotation": index.get(s.name)} for s in prefix.sites
         ],
         "rotations": [{"layout": r.layout, "start": r.start} for r in groups],
+        "visible": prefix.visible.to_json(),
+        "recall": asdict(prefix.recall),
+        "parts": [dict(p) for p in prefix.parts],
         "checksum": _checksum(tensors),
         "metadata": dict(prefix.metadata),
     }
@@ -137,7 +147,8 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> Prefix:
 
     known = {f.name for f in fields(Site)}
     sites = [Site(**{k: v for k, v in entry.items() if k in known}) for entry in description["sites"]]
-    pick = {kind: _pick(tensors, kind) for kind in ("keys", "values", "bias", "gate")}
+    at_sites = {n: t for n, t in tensors.items() if not n.startswith(_WEIGHT)}
+    pick = {kind: _pick(at_sites, kind) for kind in ("keys", "values", "bias", "gate", "reading", "memory")}
     return Prefix(
         {s.name: pick["keys"][s.name] for s in sites},
         {s.name: pick["values"][s.name] for s in sites},
@@ -148,6 +159,12 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> Prefix:
         pick["gate"],
         Fingerprint(**description["fingerprint"]),
         dict(description.get("metadata", {})),
+        visible=parse(description.get("visible", "all")),
+        readings=pick["reading"],
+        memory=pick["memory"],
+        recall=Recall(**description.get("recall", {})),
+        parts=[dict(p) for p in description.get("parts", [])],
+        weights={n.removeprefix(_WEIGHT): t for n, t in tensors.items() if n.startswith(_WEIGHT)},
     )
 
 
@@ -220,7 +237,16 @@ def model_card(prefix: Prefix, name: str) -> str:
     return (
         f"---\nlibrary_name: foreword\ntags: [prefix-tuning]\n{f'base_model: {base}' + chr(10) if base else ''}---\n\n"
         f"# {name}\n\n"
-        f"A prefix of {prefix.longest} virtual tokens at {len(prefix.sites)} attention sites of "
+        f"{_what(prefix)} of "
         f"`{base or prefix.fingerprint.model_class}` ({prefix.num_parameters:,} numbers, {prefix.nbytes:,} bytes).\n\n"
         f"```python\nimport foreword as fw\n\nfw.attach(model, fw.Prefix.load({name!r}))\n```\n{table}"
     )
+
+
+def _what(prefix: Prefix) -> str:
+    parts = []
+    if prefix.longest:
+        parts.append(f"A prefix of {prefix.longest} virtual tokens at {len(prefix.sites)} attention sites")
+    if prefix.memory:
+        parts.append(f"a memory at {len(prefix.memory)} attention sites")
+    return ", ".join([*parts, *(f"trained weights ({p['method']})" for p in prefix.parts)])

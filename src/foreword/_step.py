@@ -16,11 +16,11 @@ from torch.compiler import is_compiling
 from foreword._masks import additive, dead_rows, extend_mask
 
 if TYPE_CHECKING:
-    from foreword.attention import SitePrefix
+    from foreword._views import BatchPrefix, SitePrefix
 
 
 def step(
-    prefix: SitePrefix,
+    prefix: BatchPrefix | SitePrefix,
     query: Tensor,  # (B, H, S, key_dim)
     key: Tensor,  # (B, G, N, key_dim)
     value: Tensor,  # (B, G, N, value_dim)
@@ -37,7 +37,7 @@ def step(
     scores = torch.bmm(rows, key.flatten(0, 1).mT).view(batch, groups, -1, texts)
     scores = torch.cat((_times(rows, before.mT, batch, shared), scores), dim=-1).mul_(scale)
     dead = None
-    if hidden is not None and prefix.visible is not None:
+    if hidden is not None and (prefix.visible is not None or prefix.bias is not None):
         dead = dead_rows(hidden).unsqueeze(-1)  # a padded query that sees no prefix sees nothing at all
         hidden = hidden.masked_fill(dead, 0.0)  # an empty softmax is not a number: zeroed below
     if hidden is not None:
@@ -68,11 +68,11 @@ def repeated(prefix: SitePrefix, query: Tensor, mask: Tensor) -> Tensor | None:
     held, version, length, hidden = last
     if held() is not mask or mask._version != version or prefix.keys.shape[2] != length:
         return None
-    alike = prefix.rows is None and prefix.bias is None and prefix.gate is None and prefix.visible is None
-    return hidden if alike and prefix.keys.dtype is query.dtype is hidden.dtype else None
+    alike = prefix.plain and prefix.visible is None and prefix.keys.dtype is query.dtype
+    return hidden if alike and hidden.dtype is query.dtype else None
 
 
-def joint_mask(prefix: SitePrefix, mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
+def joint_mask(prefix: BatchPrefix, mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
     """What is added to the scores: ``(B|1, 1|H, S|1, P + N)``, or None where every query sees all."""
     alike = prefix.visible is None and prefix.bias is None
     if mask is None:

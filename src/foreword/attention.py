@@ -13,8 +13,12 @@ so the text keeps its fast causal kernel, no S x (P+S) mask is made, and one pre
 backward needs no kernel of its own: a flash backward rebuilds P = exp(s - lse) and delta = sum(dO * O) from what
 it is given, so with the *joint* ``o`` and ``l`` it returns exactly that part's gradients of the joint softmax.
 
-A learned weight on the prefix is a bias added to ``l2`` (-inf: no prefix at all); a zero-initialised gate
-(LLaMA-Adapter, arXiv 2303.16199) adds ``gate * o2`` to ``o1``, the two softmaxes kept apart.
+What the literature varies is small from here:
+
+- a weight on the prefix is a bias added to ``l2``: learned, per head, or read off the query; -inf: not seen at all
+  (a query before an infix, a row without a prefix);
+- a zero-initialised gate (LLaMA-Adapter, arXiv 2303.16199) adds ``gate * o2`` to ``o1``, the two softmaxes kept apart;
+- a memory (``foreword.memory``) adds to ``o`` and knows no softmax.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -35,51 +39,11 @@ from foreword._concat import Delegate, concatenate
 from foreword._kernels import Kernel, kernel_for
 from foreword._masks import additive, is_causal
 from foreword._step import joint_mask, repeated, step
-from foreword.errors import AttachError, ConfigError
+from foreword._views import BatchPrefix, SitePrefix
+from foreword.errors import ConfigError
 
 _PATH: ContextVar[Path | Literal["auto"]] = ContextVar("foreword_path", default="auto")
 _forced = False  # whether attention_path was ever used: asking a context variable costs something in each layer
-
-
-@dataclass(frozen=True, slots=True)
-class SitePrefix:
-    """What one attention site reads during one forward pass.
-
-    Shapes: T tasks, G key/value heads, P virtual tokens, H query heads, B batch rows.
-    """
-
-    keys: Tensor  # (T, G, P, key_dim)
-    values: Tensor  # (T, G, P, value_dim)
-    rows: Tensor | None = None  # (R,) the task of each row; B must be a multiple of R. None: T is 1
-    visible: Tensor | None = None  # (T, P) bool, False where a shorter task is padded. None: all
-    bias: Tensor | None = None  # (H,) added to the prefix's log-sum-exp
-    gate: Tensor | None = None  # (H,) if given: o1 + gate * o2 instead of one softmax
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
-
-    def for_batch(self, query: Tensor) -> SitePrefix:
-        """The same prefix in the query's dtype and device, one entry a row unless all rows share it."""
-        rows, visible, keys = self.rows, self.visible, self.keys
-        plain = rows is None and self.bias is None and self.gate is None and keys.dtype is query.dtype
-        # Two questions to the tensors are cheaper than comparing devices, at each layer of each token.
-        if plain and ((keys.is_cpu and query.is_cpu) or keys.device == query.device):
-            return self
-        keys, values = self.keys.to(query), self.values.to(query)
-        if rows is not None:
-            batch = query.shape[0]
-            if batch % len(rows):
-                raise AttachError(
-                    f"the batch has {batch} rows but {len(rows)} tasks were named; name one task a row "
-                    "(beams and return sequences are multiplied for you)"
-                )
-            rows = rows.to(query.device).repeat_interleave(batch // len(rows))
-            keys, values = keys[rows], values[rows]
-            visible = visible.to(query.device)[rows] if visible is not None else None
-        bias = self.bias.to(query.device) if self.bias is not None else None
-        gate = self.gate.to(query) if self.gate is not None else None
-        return SitePrefix(keys, values, None, visible, bias, gate)
 
 
 @contextmanager
@@ -111,6 +75,7 @@ def attend(
     key: Tensor,  # (B, G, N, key_dim)
     value: Tensor,  # (B, G, N, value_dim)
     attention_mask: Any,
+    seen: Tensor | None = None,  # (B|1, S) which queries see the prefix
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What an attention site returns when it has a prefix: ``(B, S, H, value_dim)`` and the weights or None.
@@ -118,11 +83,41 @@ def attend(
     Raises:
         AttachError: the batch does not fit the tasks named, or the delegate cannot carry a prefix here.
     """
-    if attention_mask is not None and not _forced and (hidden := repeated(prefix, query, attention_mask)) is not None:
-        return step(prefix, query, key, value, hidden, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
-    prefix = prefix.for_batch(query)
+    hidden = None
+    if attention_mask is not None and seen is None and not _forced:
+        hidden = repeated(prefix, query, attention_mask)
+    if hidden is not None:
+        weights = None
+        out = step(prefix, query, key, value, hidden, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    elif prefix.keys.shape[2] == 0 or (seen is not None and not seen.any()):
+        out, weights = delegate(module, query, key, value, attention_mask, **kwargs)
+    else:
+        here = prefix.for_batch(query, seen)
+        out, weights = _with_prefix(here, delegate, delegate_name, module, query, key, value, attention_mask, kwargs)
+    if prefix.memory is not None:
+        out = out + prefix.memory.recall(query, prefix.rows, kwargs).to(out)
+    return out, weights
+
+
+def _with_prefix(
+    prefix: BatchPrefix,
+    delegate: Delegate,
+    delegate_name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
     if prefix.gate is not None:
-        text, weights = delegate(module, query, key, value, attention_mask, **kwargs)
+        if prefix.bias is None:
+            text, weights = delegate(module, query, key, value, attention_mask, **kwargs)
+        else:  # some rows share one softmax with their prefix
+            rest = replace(prefix, gate=None)
+            text, weights = _with_prefix(
+                rest, delegate, delegate_name, module, query, key, value, attention_mask, dict(kwargs)
+            )
         return text + _gated(prefix, query, kwargs.get("scaling")).to(text), weights
     path = _path(prefix, delegate_name, query, key, value, attention_mask, kwargs)
     if path == "concat":
@@ -143,7 +138,7 @@ def merged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prefix: SitePrefix,
+    prefix: BatchPrefix,
     *,
     mask: Tensor | None,
     causal: bool,
@@ -159,7 +154,8 @@ def merged_attention(
     if prefix.visible is not None:
         prefix_mask = additive(prefix.visible[:, None, None, :], dtype)  # (B, 1, 1, P)
     out: Tensor = _Merged.apply(
-        query, key, value, prefix.keys.to(dtype), prefix.values.to(dtype), prefix.bias,
+        query, key, value, prefix.keys.to(dtype), prefix.values.to(dtype),
+        prefix.bias.squeeze(-1) if prefix.bias is not None else None,
         mask.to(dtype) if mask is not None else None, prefix_mask, causal, scale, kernel,
     )  # fmt: skip
     return out
@@ -174,16 +170,16 @@ class _Merged(torch.autograd.Function):
         o1, l1 = kernel.forward(q, k, v, mask, causal, scale)
         o2, l2 = kernel.forward(_fold(q, pk), pk, pv, prefix_mask, False, scale)
         o2, l2 = _unfold(o2, q), _unfold(l2, q)
-        if bias is not None:
-            l2 = l2 + bias.to(l2.dtype)[:, None]
+        if bias is not None:  # (B|1, H|1, S|1)
+            l2 = l2 + bias.to(l2.dtype)
         lse = torch.logaddexp(l1, l2)  # (B, H, S)
-        if prefix_mask is not None:  # a padded query of a row without a prefix sees nothing at all
+        if prefix_mask is not None or bias is not None:  # a padded query that sees no prefix sees nothing at all
             lse = lse.masked_fill(lse == -torch.inf, 0.0)
         w2 = torch.exp(l2 - lse)
         out = torch.lerp(o1, o2, w2.to(o1.dtype).unsqueeze(-1))  # w1 = 1 - w2
-        part2 = o2 if bias is not None and bias.requires_grad else None
+        apart = o2.sub(out) if bias is not None and bias.requires_grad else None
         ctx.save_for_backward(
-            q, k, v, pk, pv, bias, mask, prefix_mask, out, lse, part2, w2 if part2 is not None else None
+            q, k, v, pk, pv, bias, mask, prefix_mask, out, lse, apart, w2 if apart is not None else None
         )
         ctx.causal, ctx.scale, ctx.kernel = causal, scale, kernel
         return out
@@ -191,10 +187,10 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, pk, pv, bias, mask, prefix_mask, out, lse, o2, w2 = ctx.saved_tensors
+        q, k, v, pk, pv, bias, mask, prefix_mask, out, lse, apart, w2 = ctx.saved_tensors
         dq, dk, dv = ctx.kernel.backward(grad, q, k, v, out, lse, mask, ctx.causal, ctx.scale)
         # exp(s + bias - l) = exp(s - (l - bias)): the kernel sees the bias as a smaller log-sum-exp.
-        prefix_lse = lse if bias is None else lse - bias.to(lse.dtype)[:, None]
+        prefix_lse = lse if bias is None else lse - bias.to(lse.dtype)
         dq2, dpk, dpv = ctx.kernel.backward(
             _fold(grad, pk),
             _fold(q, pk),
@@ -208,8 +204,8 @@ class _Merged(torch.autograd.Function):
         )
         dbias = None
         if ctx.needs_input_grad[5]:  # sum over the prefix of ds = p (dp - delta)
-            per_query = (grad * (o2 - out)).sum(-1).to(w2.dtype) * w2
-            dbias = per_query.sum((0, 2)).to(bias.dtype)
+            per_query = (grad * apart).sum(-1).to(w2.dtype) * w2
+            dbias = per_query.sum_to_size(bias.shape).to(bias.dtype)
         return dq + _unfold(dq2, q), dk, dv, dpk, dpv, dbias, None, None, None, None, None
 
 
@@ -226,7 +222,7 @@ def _unfold(x: Tensor, like: Tensor) -> Tensor:
     return x.squeeze(0).unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
 
 
-def _gated(prefix: SitePrefix, query: Tensor, scaling: float | None) -> Tensor:
+def _gated(prefix: BatchPrefix, query: Tensor, scaling: float | None) -> Tensor:
     """``gate * softmax(q P_k^T) P_v``: ``(B, S, H, value_dim)``; zero for rows without a prefix."""
     assert prefix.gate is not None
     batch = query.shape[0]
@@ -244,11 +240,11 @@ def _gated(prefix: SitePrefix, query: Tensor, scaling: float | None) -> Tensor:
     )
     if seen is not None:
         out = torch.where(seen, out, 0.0)
-    return (out * prefix.gate[:, None, None]).transpose(1, 2)
+    return (out * prefix.gate).transpose(1, 2)
 
 
 def _path(
-    prefix: SitePrefix, name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+    prefix: BatchPrefix, name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> Path:
     """The path asked for or the fastest, where the call allows it: concatenation always works.
 
@@ -258,6 +254,8 @@ def _path(
     path = _PATH.get() if _forced and not is_compiling() else "auto"
     if path == "auto":
         path = cheapest(query, key, prefix, mask)
+        if path == "concat" and prefix.bias is not None and prefix.bias.requires_grad and torch.is_grad_enabled():
+            path = "merged"  # a mask that is learned leaves the fused kernel; the merged backward has its gradient
     if path == "concat" or name != "sdpa" or kwargs.get("dropout"):
         return "concat"
     if not _CARRIED.isdisjoint(kwargs) and any(kwargs.get(k) is not None for k in _CARRIED):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from foreword.errors import ConfigError
 from foreword.sites import Site
+from foreword.visibility import Predicate, parse
 
 DEFAULT_TEXT = (
     "Read the text carefully, keep to its subject and style, and write what comes next: "
@@ -17,8 +18,15 @@ DEFAULT_TEXT = (
 
 _CHOICES = {
     "reparam": ("direct", "mlp", "low-rank"),
-    "gate": (None, "head", "zero"),
+    "gate": (None, "head", "zero", "input"),
+    "head": (None, "sequence", "token", "question", "choice"),
 }
+
+
+def check_learning_rate(value: float | None) -> None:
+    """Raise ConfigError unless it is None or a positive number."""
+    if value is not None and not 0 < value < float("inf"):
+        raise ConfigError(f"learning_rate={value}; expected a positive number, or None for the usual one")
 
 
 @dataclass(frozen=True)
@@ -38,16 +46,23 @@ class PrefixConfig:
         hidden: width of the MLP and of the embedding that it reads.
         rank: rank of the low-rank product.
         per_kind: one MLP for each attention kind (the paper's BART) instead of one for all.
-        sites: which attention sites: a regular expression over whole names, a list of names, or None for all
-            outside vision and audio towers.
+        sites: which attention sites: ``"first:4"``, ``"last:4"``, ``"every:2"`` (of each kind), a regular expression
+            over whole names, a list of names or layer numbers, or None for all outside vision and audio towers.
         kinds: which kinds of site: some of ``self``, ``cross``, ``encoder``.
         lengths: other lengths by pattern over site names; the first that matches holds. 0: no prefix there.
-        gate: None; ``"head"``: a learned weight per head on the prefix, from 1; ``"zero"``: zero-initialised gated
-            attention (LLaMA-Adapter), so that training starts at the base model exactly.
+        visible: which positions of the text see the prefix: ``"all"``; ``"infix"``: those after the input
+            ([x; INFIX; y]), ``"infix:2"``: and the input's last 2; ``"first:16"``; ``"window:4:32"``; or a function
+            from positions ``(B, S)`` to a bool tensor (which can't be saved).
+        gate: None; ``"head"``: a learned weight per head on the prefix, from 1; ``"input"``: one for each query, read
+            off the query, from 1; ``"zero"``: zero-initialised gated attention (LLaMA-Adapter), so that training
+            starts at the base model exactly.
         strength: weight of the prefix against the text, 1 as trained, 0 none.
         dropout: probability of dropping each number of the prefix in training (P-Tuning v2).
         freeze_first: keep the first virtual token as initialised (the attention sink).
         position_offset: position that the text starts at. 0 keeps the base model's positions.
+        head: train the model's own head as well and save it with the prefix (P-Tuning v2): ``"sequence"``,
+            ``"token"``, ``"question"`` or ``"choice"``, which must be what the model has.
+        learning_rate: of this part; None: the trainer's, or what is usual for the reparameterisation.
         seed: of the initialisation.
     """
 
@@ -59,14 +74,17 @@ class PrefixConfig:
     hidden: int = 512
     rank: int = 8
     per_kind: bool = False
-    sites: str | Sequence[str] | None = None
+    sites: str | Sequence[str | int] | None = None
     kinds: Sequence[str] = ("self", "cross", "encoder")
     lengths: Mapping[str, int] | None = None
-    gate: Literal["head", "zero"] | None = None
+    visible: str | Predicate = "all"
+    gate: Literal["head", "zero", "input"] | None = None
     strength: float = 1.0
     dropout: float = 0.0
     freeze_first: bool = False
     position_offset: int = 0
+    head: Literal["sequence", "token", "question", "choice"] | None = None
+    learning_rate: float | None = None
     seed: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +103,8 @@ class PrefixConfig:
             raise ConfigError(f"dropout={self.dropout}; expected a probability from 0 to below 1")
         if not 0 <= self.strength < float("inf"):
             raise ConfigError(f"strength={self.strength}; expected 0 (no prefix) or a positive factor")
+        check_learning_rate(self.learning_rate)
+        parse(self.visible)
         self._check_init()
 
     def _check_init(self) -> None:
@@ -128,6 +148,8 @@ class PrefixConfig:
         """As JSON can hold it; ``PrefixConfig(**...)`` reads it back."""
         record = asdict(self)
         record["kinds"] = list(self.kinds)
+        if callable(self.visible):
+            record["visible"] = "function"
         if self.sites is not None and not isinstance(self.sites, str):
             record["sites"] = list(self.sites)
         return record

@@ -17,12 +17,17 @@ from transformers import PreTrainedModel
 
 from foreword.errors import ConfigError, MismatchError
 from foreword.fingerprint import Fingerprint, shape_differences
+from foreword.memory import Recall
 from foreword.positions import Rotation, find_rotations
 from foreword.sites import Site
 from foreword.sites import sites as find_sites
+from foreword.visibility import Visibility
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_COUNTED = ("keys", "values", "memory", "weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,12 @@ class Prefix:
         gates: by site name, ``(heads,)`` for zero-initialised gated attention. Sites may be missing.
         fingerprint: the base model that it was made on.
         metadata: anything JSON can hold: configuration, metrics, training.
+        visible: which positions of the text see the prefix.
+        readings: by site name, ``(heads, key_dim + 1)``: weights on the prefix read off each query. May be missing.
+        memory: by site name, ``(heads, key_dim, value_dim)``: a memory beside the attention. Sites may be missing.
+        recall: how the memory is read.
+        parts: the configurations of other methods trained with it (LoRA, adapters, a head, …), as JSON has them.
+        weights: their tensors, by ``method/name``.
     """
 
     keys: Mapping[str, Tensor]
@@ -50,6 +61,12 @@ class Prefix:
     gates: Mapping[str, Tensor] = field(default_factory=dict)
     fingerprint: Fingerprint = field(default_factory=lambda: Fingerprint("", ""))
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    visible: Visibility = field(default_factory=Visibility)
+    readings: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    recall: Recall = field(default_factory=Recall)
+    parts: Sequence[Mapping[str, Any]] = ()
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sites]
@@ -58,12 +75,15 @@ class Prefix:
             raise MismatchError(f"sites, keys and values name different sites: {odd[0]} is not in all three")
         for site in self.sites:
             _check_site(site, self.keys[site.name], self.values[site.name])
-            for extra, tensors in (("bias", self.bias), ("gate", self.gates)):
+            for extra, tensors, shape in (
+                ("bias", self.bias, (site.heads,)),
+                ("gate", self.gates, (site.heads,)),
+                ("reading", self.readings, (site.heads, site.key_dim + 1)),
+                ("memory", self.memory, (site.heads, site.key_dim, site.value_dim)),
+            ):
                 tensor = tensors.get(site.name)
-                if tensor is not None and tensor.shape != (site.heads,):
-                    raise MismatchError(
-                        f"{site.name}: the {extra} has shape {tuple(tensor.shape)}, expected ({site.heads},)"
-                    )
+                if tensor is not None and tensor.shape != shape:
+                    raise MismatchError(f"{site.name}: the {extra} has shape {tuple(tensor.shape)}, expected {shape}")
 
     # ---------------------------------------------------------------- where prefixes come from
 
@@ -171,37 +191,45 @@ class Prefix:
     @property
     def longest(self) -> int:
         """The largest length among the sites."""
-        return max(k.shape[1] for k in self.keys.values())
+        return max((k.shape[1] for k in self.keys.values()), default=0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values: sum over sites of ``length * kv_heads * (key_dim + value_dim) * itemsize``."""
-        tensors = (*self.keys.values(), *self.values.values(), *self.bias.values(), *self.gates.values())
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes of everything in it.
+
+        Of keys and values: sum over sites of ``length * kv_heads * (key_dim + value_dim) * itemsize``.
+        """
+        return sum(t.numel() * t.element_size() for group in self._groups().values() for t in group.values())
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all keys and values."""
-        return sum(t.numel() for t in (*self.keys.values(), *self.values.values()))
+        """Numbers in all keys and values, memories and weights (not in gates, which are few)."""
+        return sum(t.numel() for name in _COUNTED for t in getattr(self, name).values())
+
+    def _groups(self) -> dict[str, Mapping[str, Tensor]]:
+        """Everything that is a tensor."""
+        return {name: getattr(self, name) for name in (*_COUNTED, "bias", "gates", "readings")}
 
     def __eq__(self, other: object) -> bool:
         """Equal sites, positions and tensors, to the bit; metadata and fingerprint don't count."""
         if not isinstance(other, Prefix):
             return NotImplemented
-        pairs = (
-            (self.keys, other.keys), (self.values, other.values), (self.bias, other.bias), (self.gates, other.gates),
-        )  # fmt: skip
-        return self.position_offset == other.position_offset and all(
-            a.keys() == b.keys() and all(_same(a[n], b[n]) for n in a) for a, b in pairs
+        mine, theirs = self._groups(), other._groups()
+        settings = (self.position_offset, self.visible, self.recall)
+        return settings == (other.position_offset, other.visible, other.recall) and all(
+            mine[g].keys() == theirs[g].keys() and all(_same(mine[g][n], theirs[g][n]) for n in mine[g]) for g in mine
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         lengths = {k.shape[1] for k in self.keys.values()}
-        tokens = str(lengths.pop()) if len(lengths) == 1 else f"{min(lengths)}-{max(lengths)}"
+        tokens = f"{min(lengths, default=0)}-{max(lengths, default=0)}" if len(lengths) != 1 else str(lengths.pop())
+        what = [f"{tokens} virtual tokens at {len(self.sites)} sites"] if self.longest else []
+        what += [f"memory at {len(self.memory)} sites"] if self.memory else []
+        what += [str(p["method"]) for p in self.parts]
         return (
-            f"Prefix({tokens} virtual tokens at {len(self.sites)} sites, {self.num_parameters:,} numbers, "
+            f"Prefix({' + '.join(what)}, {self.num_parameters:,} numbers, "
             f"{self.nbytes:,} bytes, base {self.fingerprint.base_model or self.fingerprint.model_class or '?'})"
         )
 
@@ -235,8 +263,12 @@ class Prefix:
                 f"the two prefixes expect text at positions {self.position_offset} and {other.position_offset}; "
                 "shift one of them first"
             )
-        if self.bias or other.bias or self.gates or other.gates:
+        if any(p.bias or p.gates or p.readings for p in (self, other)):
             raise MismatchError("prefixes with gates or weights per head can't be joined: the gates differ by token")
+        if self.visible != other.visible:
+            raise MismatchError("the two prefixes are seen by different positions, so they can't become one")
+        if any(p.memory or p.parts for p in (self, other)):
+            raise MismatchError("prefixes with a memory or trained weights can't be joined; attach them as a list")
         for name, rotation in self.rotations.items():
             if name not in other.rotations or not rotation.equals(other.rotations[name]):
                 raise MismatchError(f"the two prefixes rotate differently at {name}: they are of different models")
@@ -269,12 +301,15 @@ class Prefix:
                 f"the keys of {still[0]} can't be rotated: the model has learned or relative positions (or none that "
                 "could be proved). Train or make the prefix with position_offset set instead"
             )
+        if self.memory and self.recall.queries == "rotated":
+            raise MismatchError('a memory of rotated queries can\'t be shifted; train it with queries="plain"')
         keys = {n: self.rotations[n](k, positions) if n in self.rotations else k for n, k in self.keys.items()}
         return replace(self, keys=keys, position_offset=offset)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Prefix:
-        names = ("keys", "values", "bias", "gates")
-        groups: dict[str, Any] = {f: {n: change(t) for n, t in getattr(self, f).items()} for f in names}
+        groups: dict[str, Any] = {
+            name: {n: change(t) for n, t in group.items()} for name, group in self._groups().items()
+        }
         return replace(self, **groups)
 
     # ---------------------------------------------------------------- does it fit

@@ -7,6 +7,7 @@ makes it, with its shapes, mask and scaling.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -192,6 +193,8 @@ def text_inputs(model: PreTrainedModel, length: int = _TOKENS) -> dict[str, Tens
     chosen = [ids[(7 * i) % len(ids)] for i in range(length)]
     device = input_device(model)
     inputs = {"input_ids": torch.tensor([chosen], device=device)}
+    if type(model).__name__.endswith("ForMultipleChoice"):  # these read (batch, choices, length)
+        inputs["input_ids"] = inputs["input_ids"][:, None].expand(-1, 2, -1).contiguous()
     if model.config.is_encoder_decoder:
         eos = model.config.eos_token_id
         if isinstance(eos, int):  # BART's classification head looks for it
@@ -262,38 +265,69 @@ def _again(site: Site) -> Site:
 
 def select(
     found: Sequence[Site],
-    names: str | Sequence[str] | None = None,
+    names: str | Sequence[str | int] | None = None,
     kinds: Sequence[str] = ("self", "cross", "encoder"),
 ) -> list[Site]:
-    """The sites that a prefix goes to: by regular expression (matched against whole names), list of names, kinds.
+    """The sites that a prefix goes to.
 
-    Without names: all sites outside vision and audio towers (a model that is only a tower has just the one).
+    Args:
+        names: ``"first:4"``, ``"last:4"``, ``"every:2"`` (of the sites of each kind), a regular expression matched
+            against whole names, a list of names or of layer numbers (of each kind, from 0, -1 the last). None: all
+            sites outside vision and audio towers (a model that is only a tower has just the one).
+        kinds: which kinds of site.
 
     Raises:
         ConfigError: the choice is malformed or leaves nothing; the message lists what there is.
     """
-    import re
-
     unknown_kinds = set(kinds) - {"self", "cross", "encoder"}
     if unknown_kinds:
         raise ConfigError(f"kinds has {sorted(unknown_kinds)}; expected some of 'self', 'cross', 'encoder'")
     if names is None:
         chosen = [s for s in found if not s.tower]
     elif isinstance(names, str):
-        try:
-            pattern = re.compile(names)
-        except re.error as exc:
-            raise ConfigError(f"sites={names!r} is not a regular expression: {exc}") from None
-        chosen = [s for s in found if pattern.fullmatch(s.name)]
+        chosen = _by_pattern(found, names)
     else:
-        known = {s.name for s in found}
-        if missing := [n for n in names if n not in known]:
-            raise ConfigError(f"no attention site is named {missing[0]!r}; the model has {_listing(found)}")
-        chosen = [s for s in found if s.name in set(names)]
+        chosen = _by_list(found, names)
     chosen = [s for s in chosen if s.kind in kinds]
     if not chosen:
         raise ConfigError(f"sites={names!r} with kinds={tuple(kinds)} leaves no site; the model has {_listing(found)}")
     return chosen
+
+
+def _by_pattern(found: Sequence[Site], pattern: str) -> list[Site]:
+    if match := re.fullmatch(r"(first|last|every):(\d+)", pattern):
+        word, n = match[1], int(match[2])
+        if n == 0:
+            raise ConfigError(f"sites={pattern!r} leaves no site; expected 1 or more")
+        cut = {"first": slice(n), "last": slice(-n, None), "every": slice(None, None, n)}[word]
+        kept = {s.name for own in _by_kind(found) for s in own[cut]}
+        return [s for s in found if s.name in kept]
+    try:
+        compiled = re.compile(pattern)
+    except re.error as exc:
+        raise ConfigError(f"sites={pattern!r} is not a regular expression: {exc}") from None
+    return [s for s in found if compiled.fullmatch(s.name)]
+
+
+def _by_list(found: Sequence[Site], names: Sequence[str | int]) -> list[Site]:
+    known, kept = {s.name for s in found}, set()
+    for name in names:
+        if isinstance(name, str):
+            if name not in known:
+                raise ConfigError(f"no attention site is named {name!r}; the model has {_listing(found)}")
+            kept.add(name)
+            continue
+        layers = [own[name] for own in _by_kind(found) if -len(own) <= name < len(own)]
+        if not layers:
+            raise ConfigError(f"sites has layer {name}, which the model doesn't have: {_listing(found)}")
+        kept.update(s.name for s in layers)
+    return [s for s in found if s.name in kept]
+
+
+def _by_kind(found: Sequence[Site]) -> list[list[Site]]:
+    """The sites outside towers, kind by kind."""
+    text = [s for s in found if not s.tower]
+    return [[s for s in text if s.kind == kind] for kind in ("encoder", "self", "cross")]
 
 
 def _listing(found: Sequence[Site]) -> str:

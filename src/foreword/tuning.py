@@ -8,7 +8,7 @@ optimizers and DDP see its parameters. Detaching takes all of it off again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,27 +17,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foreword import _interface
+from foreword._holder import CHILD, PrefixHolder, SiteSlot, require_detached, tuning_of
 from foreword._passes import Passes
-from foreword.attention import SitePrefix, attend
+from foreword._queries import Queries
+from foreword._views import SitePrefix
 from foreword.config import PrefixConfig
-from foreword.encoders import Direct, Frozen, PrefixEncoder, make_encoder
+from foreword.encoders import PrefixEncoder
 from foreword.errors import AttachError, ConfigError
 from foreword.fingerprint import Fingerprint
-from foreword.initializers import initial_states
-from foreword.positions import Rotation, check_offset, find_rotations
+from foreword.memory import Recall, SiteMemory
+from foreword.methods import LEARNING_RATES, Config, MemoryConfig, PromptConfig, usual_learning_rate
+from foreword.positions import Rotation, find_rotations
 from foreword.prefix import Prefix
-from foreword.sites import Site, select
-from foreword.sites import sites as find_sites
+from foreword.sites import Site
+from foreword.visibility import Visibility
+from foreword.weights import WeightPart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHILD = "foreword"
-
 
 def attach(
     model: PreTrainedModel,
-    what: PrefixConfig | Prefix,
+    what: Config | Prefix | Sequence[Config | Prefix],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     example_inputs: Mapping[str, Any] | None = None,
@@ -45,10 +47,12 @@ def attach(
     strength: float | None = None,
     force: bool = False,
 ) -> Tuning:
-    """Put a prefix onto a model, in place.
+    """Put a prefix, or another method, onto a model, in place.
 
-    With a :class:`PrefixConfig` the prefix is new and trainable, and every other parameter is frozen until
+    With a configuration (:class:`PrefixConfig`, ``MemoryConfig``, ``PromptConfig``, ``LoRAConfig``, ``AdapterConfig``,
+    ``BitFitConfig``, ``FullConfig``) it is new and trainable, and every other parameter is frozen until
     :meth:`Tuning.detach`. With a :class:`Prefix` it is frozen, for inference; ``trainable=True`` goes on training it.
+    A list puts several on together; their order makes no difference.
 
     Args:
         tokenizer: the model's; needed to start from a text.
@@ -60,94 +64,16 @@ def attach(
         AttachError: the model has a prefix already. Detach it first, or hold several in a ``fw.Library``.
         UnsupportedModelError: nothing can be placed before this model's keys and values.
         MismatchError: the prefix belongs to another model.
-        ConfigError: the configuration does not fit the model.
+        ConfigError: the configurations do not fit the model, or each other.
     """
+    from foreword._building import build
+
     require_detached(model)
-    if isinstance(what, PrefixConfig):
-        found = find_sites(model, example_inputs)
-        return _attach_new(model, what, found, tokenizer, example_inputs, strength)
-    if isinstance(what, Prefix):
-        found = _known_sites(model, what, example_inputs)
-        what.check_fits(model, found, force=force)
-        check_offset(model, what.position_offset)
-        return _attach_prefix(model, what, trainable, 1.0 if strength is None else strength)
-    raise ConfigError(f"attach takes a PrefixConfig or a Prefix, not {type(what).__name__}")
+    items = list(what) if isinstance(what, Sequence) else [what]
+    return build(model, items, tokenizer, example_inputs, trainable, strength, force)
 
 
-def require_detached(model: nn.Module) -> None:
-    """Raise AttachError if the model has a prefix or a library on it."""
-    if CHILD in model._modules or any(_interface.SLOT in m.__dict__ for m in model.modules()):
-        raise AttachError(
-            "the model has a prefix attached already; call detach() on what attach returned, join the two prefixes "
-            "(Prefix.join), or hold several in a fw.Library"
-        )
-
-
-def _known_sites(model: PreTrainedModel, prefix: Prefix, example_inputs: Mapping[str, Any] | None) -> list[Site]:
-    """The model's sites; a prefix for a model that needs inputs to be looked at vouches for its own by name."""
-    try:
-        return find_sites(model, example_inputs)
-    except ConfigError:
-        if example_inputs is not None:
-            raise
-        modules = dict(model.named_modules())
-        return [s for s in prefix.sites if s.name in modules]
-
-
-def _attach_new(
-    model: PreTrainedModel,
-    config: PrefixConfig,
-    found: Sequence[Site],
-    tokenizer: PreTrainedTokenizerBase | None,
-    example_inputs: Mapping[str, Any] | None,
-    strength: float | None,
-) -> Tuning:
-    chosen = select(found, config.sites, config.kinds)
-    check_offset(model, config.position_offset)
-    rotations = find_rotations(model, chosen)
-    start = initial_states(config, model, tokenizer, chosen, rotations, example_inputs)
-    kept = [s for s in chosen if s.name in start]
-    encoder = make_encoder(config, start, kept)
-    tuning = Tuning(model, encoder, kept, config.position_offset, config.strength if strength is None else strength)
-    tuning.config = config
-    tuning.__dict__["rotations"] = rotations
-    if config.gate is not None:
-        tuning.add_gates(config.gate)
-    tuning._install(trainable=True)
-    return tuning
-
-
-def _attach_prefix(model: PreTrainedModel, prefix: Prefix, trainable: bool, strength: float) -> Tuning:
-    kept = [s for s in prefix.sites if prefix.length(s.name)]
-    states = {s.name: (prefix.keys[s.name], prefix.values[s.name]) for s in kept}
-    encoder: PrefixEncoder
-    if trainable:
-        encoder = Direct({n: (k.float(), v.float()) for n, (k, v) in states.items()})
-    else:
-        encoder = Frozen(states)
-    tuning = Tuning(model, encoder, kept, prefix.position_offset, strength)
-    tuning.__dict__["rotations"] = dict(prefix.rotations)
-    tuning.metadata = dict(prefix.metadata)
-    tuning.load_gates(prefix, trainable)
-    tuning._install(trainable=trainable)
-    return tuning
-
-
-class PrefixHolder(nn.Module):
-    """The child module that a model carries: the encoder, and gates by site index."""
-
-    def __init__(self, encoder: PrefixEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.bias = nn.ParameterDict()
-        self.gate = nn.ParameterDict()
-        self.moved: Callable[[], None] | None = None  # called after .to(), .half() and their like
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixHolder:
-        super()._apply(fn, recurse)
-        if self.moved is not None:
-            self.moved()
-        return self
+__all__ = ["SiteSlot", "Tuning", "attach", "require_detached", "tuning_of"]
 
 
 class Tuning:
@@ -155,36 +81,41 @@ class Tuning:
 
     Attributes:
         model: the base model, untouched but for the prefix.
-        sites: where the prefix stands.
+        sites: where the prefix or memory stands.
         config: the configuration of a new prefix; None for a loaded one.
+        configs: all configurations that are trained.
         metadata: what :meth:`bake` writes into the prefix.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        encoder: PrefixEncoder,
-        chosen: Sequence[Site],
-        position_offset: int,
-        strength: float,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, fingerprint: Fingerprint) -> None:
         self.model = model
-        self.sites = list(chosen)
-        self.position_offset = position_offset
-        self.config: PrefixConfig | None = None
+        self.fingerprint = fingerprint
+        self.sites: list[Site] = []
+        self.position_offset = 0
+        self.visible = Visibility()
+        self.recall = Recall()
+        self.config: PrefixConfig | PromptConfig | None = None
+        self.configs: list[Config] = []
+        self.parts: list[dict[str, Any]] = []
         self.metadata: dict[str, Any] = {}
-        self.holder = PrefixHolder(encoder)
+        self.holder = PrefixHolder()
+        self.holder.tuning = self
         self.trainable = False
+        self.queries: Queries | None = None
         self._passes = Passes(self)
         self.holder.moved = self._passes.forget
         self._strength = 1.0
-        self.strength = strength
         self._undo: list[Any] = []
-        self._frozen: list[nn.Parameter] = []
+        self._flags: dict[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
 
     @property
     def encoder(self) -> PrefixEncoder:
+        """What makes the keys and values."""
         return self.holder.encoder
+
+    def weight_parts(self) -> list[WeightPart]:
+        """LoRA, adapters and the like that stand on the model."""
+        return [p for p in self.holder.weights.values() if isinstance(p, WeightPart)]
 
     @property
     def attached(self) -> bool:
@@ -205,7 +136,7 @@ class Tuning:
     @cached_property
     def rotations(self) -> dict[str, Rotation]:
         """How the keys of each site depend on their position; empty for models that aren't rotary."""
-        return find_rotations(self.model, self.sites)
+        return find_rotations(self.model, self.sites) if self.sites else {}
 
     # ---------------------------------------------------------------- what is trained
 
@@ -222,17 +153,50 @@ class Tuning:
         """How many numbers are trained."""
         return sum(p.numel() for p in self.parameters())
 
-    def add_gates(self, kind: str) -> None:
-        """Learned weights per head: ``"head"`` from 1 (a bias of 0), ``"zero"`` from a closed gate."""
-        group = self.holder.bias if kind == "head" else self.holder.gate
+    def parameter_groups(self, learning_rate: float | None = None) -> list[dict[str, Any]]:
+        """What an optimizer takes: each method's parameters with a learning rate of their own.
+
+        Args:
+            learning_rate: of the first method, where its configuration names none. The others go at what is usual
+                for them.
+        """
+        holder, groups = self.holder, []
+        main = [holder.encoder, holder.bias, holder.gate, holder.reading]
+        for i, config in enumerate(self.configs):
+            own: list[nn.Module] = main
+            if isinstance(config, MemoryConfig):
+                own = [holder.memory] if holder.memory is not None else []
+            elif not isinstance(config, PrefixConfig | PromptConfig):
+                own = [holder.weights[config.method]]
+            usual = learning_rate if learning_rate is not None and i == 0 else usual_learning_rate(config)
+            groups.append((own, config.learning_rate or usual))
+        if not self.configs:
+            everything = [*main, *([holder.memory] if holder.memory is not None else []), holder.weights]
+            groups.append((everything, learning_rate or LEARNING_RATES["direct"]))
+        elif "head" in holder.weights:
+            groups.append(([holder.weights["head"]], LEARNING_RATES["head"]))
+        found = [
+            {"params": [p for m in own for p in m.parameters() if p.requires_grad], "lr": rate} for own, rate in groups
+        ]
+        return [g for g in found if g["params"]]
+
+    def add_gates(self, kind: str, sites: Sequence[Site]) -> None:
+        """Learned weights per head: ``"head"`` and ``"input"`` from 1, ``"zero"`` from a closed gate."""
         for i, site in enumerate(self.sites):
-            group[str(i)] = nn.Parameter(torch.zeros(site.heads))
+            if site not in sites:
+                continue
+            if kind == "input":
+                self.holder.reading[str(i)] = nn.Parameter(torch.zeros(site.heads, site.key_dim + 1))
+            else:
+                group = self.holder.bias if kind == "head" else self.holder.gate
+                group[str(i)] = nn.Parameter(torch.zeros(site.heads))
 
     def load_gates(self, prefix: Prefix, trainable: bool) -> None:
         """Take the gates of a baked prefix."""
         for i, site in enumerate(self.sites):
-            if (bias := prefix.bias.get(site.name)) is not None:
-                self.holder.bias[str(i)] = nn.Parameter(bias.clone(), requires_grad=trainable)
+            for group, tensors in ((self.holder.bias, prefix.bias), (self.holder.reading, prefix.readings)):
+                if (tensor := tensors.get(site.name)) is not None:
+                    group[str(i)] = nn.Parameter(tensor.clone(), requires_grad=trainable)
             if (gate := prefix.gates.get(site.name)) is not None:
                 # Trained through tanh, stored after it.
                 inner = (
@@ -247,15 +211,40 @@ class Tuning:
         if self._strength == 0:
             return {}
         states = self.encoder()
-        return {
-            site.name: SitePrefix(
-                states[site.name][0].unsqueeze(0),
-                states[site.name][1].unsqueeze(0),
+        memory = self.holder.memory.factors() if self.holder.memory is not None else {}
+        seen_by = (self.visible,) if self.visible.kind != "all" else None
+        views = {}
+        for i, site in enumerate(self.sites):
+            keys, values = states[site.name] if site.name in states else self._nothing(site)
+            views[site.name] = SitePrefix(
+                keys.unsqueeze(0),
+                values.unsqueeze(0),
                 bias=self._bias(i, self._strength),
                 gate=self._gate(i, self._strength),
+                reading=self._reading(i),
+                seen_by=seen_by if keys.shape[-2] else None,
+                memory=self._memory(site, memory),
             )
-            for i, site in enumerate(self.sites)
-        }
+        return views
+
+    def _reading(self, i: int) -> Tensor | None:
+        return self.holder.reading[str(i)] if str(i) in self.holder.reading else None  # noqa: SIM401
+
+    def _nothing(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Keys and values of length 0, for a site with a memory only."""
+        device = next(self.holder.parameters()).device
+        shapes = ((site.kv_heads, 0, site.key_dim), (site.kv_heads, 0, site.value_dim))
+        return torch.empty(shapes[0], device=device), torch.empty(shapes[1], device=device)
+
+    def _memory(self, site: Site, factors: Mapping[str, tuple[Tensor, Tensor | None]]) -> SiteMemory | None:
+        if site.name not in factors:
+            return None
+        matrix, up = factors[site.name]
+        if self._strength != 1:
+            matrix = matrix * self._strength
+        rotation = self.rotations.get(site.name) if self.recall.queries == "plain" else None
+        upper = up.unsqueeze(0) if up is not None else None
+        return SiteMemory(matrix.unsqueeze(0), upper, self.recall.activation, rotation)
 
     def _bias(self, i: int, strength: float) -> Tensor | None:
         """The learned weight and the strength of a site, as a bias on the log-sum-exp."""
@@ -289,22 +278,33 @@ class Tuning:
         finally:
             self.encoder.train(training)
         metadata = dict(self.metadata)
-        if self.config is not None:
-            metadata["config"] = self.config.to_json()
+        if self.configs:
+            metadata["config"] = self.configs[0].to_json()
+            metadata["configs"] = [c.to_json() for c in self.configs]
         strength = self._strength or 1.0
         gates = {s.name: g.clone() for i, s in enumerate(self.sites) if (g := self._gate(i, strength)) is not None}
         bias = {s.name: b.clone() for i, s in enumerate(self.sites) if (b := self._bias(i, strength)) is not None}
+        memory = self.holder.memory.baked() if self.holder.memory is not None else {}
+        for site in self.sites:
+            states.setdefault(site.name, self._nothing(site) if site.name in memory else states.get(site.name))
         return Prefix(
-            {n: k.detach().clone() for n, (k, _) in states.items()},
-            {n: v.detach().clone() for n, (_, v) in states.items()},
+            {s.name: states[s.name][0].detach().clone() for s in self.sites},
+            {s.name: states[s.name][1].detach().clone() for s in self.sites},
             self.sites,
             self.position_offset,
             self.rotations,
             bias,
             gates,
-            Fingerprint.of(self.model),
+            self.fingerprint,
             metadata,
-        )
+            visible=self.visible,
+            readings={s.name: r.detach().clone() for i, s in enumerate(self.sites)
+                      if (r := self._reading(i)) is not None},
+            memory={n: m * strength for n, m in memory.items()},
+            recall=self.recall,
+            parts=[dict(p) for p in self.parts],
+            weights={f"{p.method}/{n}": t for p in self.weight_parts() for n, t in p.tensors().items()},
+        )  # fmt: skip
 
     def detach(self) -> PreTrainedModel:
         """Take the prefix off; the model is what it was, bit for bit. Returns the model."""
@@ -313,60 +313,56 @@ class Tuning:
         for site in self.sites:
             self.model.get_submodule(site.name).__dict__.pop(_interface.SLOT, None)
         self._passes.remove()
+        if self.queries is not None:
+            self.queries.remove()
         _interface.uninstall(self._undo)
         del self.model._modules[CHILD]
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen = []
+        self.take_parts_off()
         return self.model
 
-    def _install(self, *, trainable: bool) -> None:
+    def take_parts_off(self) -> None:
+        """Take LoRA and the like off the model, and give every parameter its ``requires_grad`` back."""
+        for part in self.weight_parts():
+            part.take_off(self.model)
+        for parameter, flag in self._flags.items():
+            parameter.requires_grad_(flag)
+
+    def install(self, *, trainable: bool) -> None:
+        """Put everything that was built onto the model. ``attach`` calls it."""
         if hasattr(self.model, CHILD):
             raise AttachError(f"{type(self.model).__name__} has an attribute named {CHILD!r} of its own")
         self.trainable = trainable
+        trained = {p for part in self.weight_parts() for p in part.values if p.requires_grad}
         if trainable:
-            self._frozen = [p for p in self.model.parameters() if p.requires_grad]
-            for parameter in self._frozen:
-                parameter.requires_grad_(False)
-        place = self.model.get_submodule(self.sites[0].name)
-        first = next(place.parameters(), None)
-        self.holder.to(first.device if first is not None else self.model.device)
-        if not trainable and first is not None and first.is_floating_point():
-            self.encoder.to(first.dtype)
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(parameter in trained)
+        self._place(trainable)
         self.model.add_module(CHILD, self.holder)
         self.holder.train(self.model.training)
-        self._undo = _interface.install(self.model)
-        for site in self.sites:
-            self.model.get_submodule(site.name).__dict__[_interface.SLOT] = SiteSlot(site.name, self._passes)
+        if self.sites:
+            self._undo = _interface.install(self.model)
+            for site in self.sites:
+                self.model.get_submodule(site.name).__dict__[_interface.SLOT] = SiteSlot(site.name, self._passes)
         self._passes.install()
+        if self.visible.kind != "all":
+            self.queries = Queries(self.model, self.sites, offset=self.position_offset, by_thread=False)
+            self.queries.install()
+
+    def _place(self, trainable: bool) -> None:
+        """Move what is ours to the model's device (weight parts are there), and a frozen prefix to its dtype."""
+        place = self.model.get_submodule(self.sites[0].name) if self.sites else self.model
+        first = next(place.parameters(), None)
+        device = first.device if first is not None else self.model.device
+        own = [self.holder.encoder, self.holder.bias, self.holder.gate, self.holder.reading]
+        for module in [*own, *([self.holder.memory] if self.holder.memory is not None else [])]:
+            module.to(device)
+        if not trainable and first is not None and first.is_floating_point():
+            self.encoder.to(first.dtype)
 
     def __repr__(self) -> str:
         what = f"{self.num_parameters:,} trainable parameters" if self.trainable else "frozen"
-        longest = max((k.shape[1] for k, _ in self.encoder().values()), default=0)
-        return f"Tuning({longest} virtual tokens at {len(self.sites)} sites of {type(self.model).__name__}, {what})"
-
-
-class SiteSlot:
-    """Stands on an attention module and gives its calls the prefix of the pass."""
-
-    def __init__(self, name: str, source: Any) -> None:
-        self.name = name
-        self.source = source
-
-    def __call__(
-        self, delegate: _interface.Delegate, delegate_name: str, module: nn.Module, query: Tensor, key: Tensor,
-        value: Tensor, attention_mask: Any, **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        prefix: SitePrefix | None = self.source.view(self.name)
-        if prefix is None:
-            return delegate(module, query, key, value, attention_mask, **kwargs)
-        return attend(prefix, delegate, delegate_name, module, query, key, value, attention_mask, **kwargs)
-
-
-def tuning_of(model: nn.Module) -> Tuning | None:
-    """The prefix that :func:`attach` put onto a model, or None."""
-    for module in model.modules():
-        slot = module.__dict__.get(_interface.SLOT)
-        if isinstance(slot, SiteSlot) and isinstance(slot.source, Passes):
-            return slot.source.tuning
-    return None
+        longest = max((k.shape[-2] for k, _ in self.encoder().values()), default=0)
+        parts = [f"{longest} virtual tokens at {len(self.sites)} sites"] if longest else []
+        parts += ["memory"] if self.holder.memory is not None else []
+        parts += [p.method for p in self.weight_parts()]
+        return f"Tuning({' + '.join(parts)} of {type(self.model).__name__}, {what})"

@@ -11,6 +11,8 @@ from typer import Argument, Option
 from foreword.cli._shared import print_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from foreword.prefix import Prefix
 
 
@@ -40,9 +42,10 @@ def describe(prefix: Prefix) -> dict[str, Any]:
             "key_dim": s.key_dim,
             "value_dim": s.value_dim,
             "sliding_window": s.sliding_window,
-            "key_norm": float(prefix.keys[s.name].float().norm(dim=-1).mean()),
-            "value_norm": float(prefix.values[s.name].float().norm(dim=-1).mean()),
-            "gated": s.name in prefix.bias or s.name in prefix.gates,
+            "key_norm": _norm(prefix.keys[s.name]),
+            "value_norm": _norm(prefix.values[s.name]),
+            "gated": any(s.name in gates for gates in (prefix.bias, prefix.gates, prefix.readings)),
+            "memory": s.name in prefix.memory,
         }
         for s in prefix.sites
     ]
@@ -54,10 +57,25 @@ def describe(prefix: Prefix) -> dict[str, Any]:
         "rotary_sites": len(prefix.rotations),
         "parameters": prefix.num_parameters,
         "bytes": prefix.nbytes,
-        "dtype": str(next(iter(prefix.keys.values())).dtype).removeprefix("torch."),
+        "dtype": _dtype(prefix),
+        "visible": prefix.visible.to_json(),
+        "parts": [
+            {**p, "parameters": sum(t.numel() for n, t in prefix.weights.items() if n.startswith(f"{p['method']}/"))}
+            for p in prefix.parts
+        ],
         "sites": sites,
         "metadata": dict(prefix.metadata),
     }
+
+
+def _norm(states: Tensor) -> float:
+    """Mean length of a token's vector; 0 where there is no token."""
+    return float(states.float().norm(dim=-1).mean()) if states.numel() else 0.0
+
+
+def _dtype(prefix: Prefix) -> str:
+    tensors = (*prefix.keys.values(), *prefix.memory.values(), *prefix.weights.values())
+    return str(tensors[0].dtype).removeprefix("torch.") if tensors else "?"
 
 
 def _print(folder: Path, prefix: Prefix, record: dict[str, Any]) -> None:
@@ -68,6 +86,12 @@ def _print(folder: Path, prefix: Prefix, record: dict[str, Any]) -> None:
     console.print(f"[bold]{folder}[/bold]: {prefix!r}")
     console.print(f"base model {record['base_model'] or '?'} ({record['model_class']}), numbers {record['dtype']}")
     console.print(f"text starts at position {prefix.position_offset}")
+    if prefix.visible.kind != "all":
+        console.print(f"seen by: {record['visible']}")
+    for part in record["parts"]:
+        console.print(f"with {part['method']}: {part['parameters']:,} numbers")
+    if not record["sites"]:
+        return
     types = record["layer_types"]
     without = sum(n for kind, n in types.items() if "attention" not in kind or "linear" in kind)
     if without:
@@ -81,12 +105,14 @@ def _print(folder: Path, prefix: Prefix, record: dict[str, Any]) -> None:
         "key norm",
         "value norm",
         "gate",
+        "memory",
     )
     for site in record["sites"]:
         table.add_row(
             site["name"], site["kind"], str(site["length"]),
             f"{site['kv_heads']} × {site['key_dim']}/{site['value_dim']}",
             f"{site['key_norm']:.2f}", f"{site['value_norm']:.2f}", "yes" if site["gated"] else "",
+            "yes" if site["memory"] else "",
         )  # fmt: skip
     console.print(table)
     for name, value in {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -16,9 +17,7 @@ from foreword.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from foreword.config import PrefixConfig
     from foreword.data import EncodedDataset
-    from foreword.prefix import Prefix
 
 _PREFIX, _DATA, _RUN = "Prefix", "Data", "Run"
 
@@ -32,7 +31,18 @@ class Reparam(StrEnum):
 class Gate(StrEnum):
     none = "none"
     head = "head"
+    input = "input"
     zero = "zero"
+
+
+class Method(StrEnum):
+    prefix = "prefix"
+    memory = "memory"
+    prompt = "prompt"
+    lora = "lora"
+    adapter = "adapter"
+    bitfit = "bitfit"
+    full = "full"
 
 
 def run(
@@ -40,15 +50,19 @@ def run(
     data: Annotated[str, Option(help="Examples: .jsonl, .csv, .parquet, or a datasets name. Columns input/output, text, messages, or input/references.")],
     out: Annotated[Path | None, Option(help="Folder for the prefix.")] = None,
     valid: Annotated[str | None, Option(help="Validation examples, in the same form.")] = None,
+    method: Annotated[list[Method] | None, Option(help="What to train: several train together.", rich_help_panel=_PREFIX, show_default="prefix")] = None,
     length: Annotated[int, Option(help="Virtual tokens.", rich_help_panel=_PREFIX)] = 20,
     init: Annotated[str | None, Option(help="A text about the task, 'words:good film', or 'random'.", rich_help_panel=_PREFIX)] = None,
     repeat: Annotated[bool, Option(help="Repeat an init text that is shorter than the prefix.", rich_help_panel=_PREFIX)] = False,
     reparam: Annotated[Reparam, Option(help="What is trained.", rich_help_panel=_PREFIX)] = Reparam.direct,
     depth: Annotated[int, Option(help="Layers of the MLP.", rich_help_panel=_PREFIX)] = 2,
     hidden: Annotated[int, Option(help="Width of the MLP.", rich_help_panel=_PREFIX)] = 512,
-    rank: Annotated[int, Option(help="Rank of the low-rank change.", rich_help_panel=_PREFIX)] = 8,
-    sites: Annotated[str | None, Option(help="Regular expression over attention sites.", rich_help_panel=_PREFIX)] = None,
+    rank: Annotated[int, Option(help="Rank of the low-rank change, and of LoRA.", rich_help_panel=_PREFIX)] = 8,
+    memory_rank: Annotated[int | None, Option(help="Rank of a memory; without it the memory is whole.", rich_help_panel=_PREFIX)] = None,
+    width: Annotated[int, Option(help="Width of adapters.", rich_help_panel=_PREFIX)] = 32,
+    sites: Annotated[str | None, Option(help="first:4, last:4, every:2, or a regular expression over attention sites.", rich_help_panel=_PREFIX)] = None,
     kinds: Annotated[str, Option(help="Kinds of site, with commas.", rich_help_panel=_PREFIX)] = "self,cross,encoder",
+    visible: Annotated[str, Option(help="Who sees the prefix: all, infix, infix:1, first:16, window:4:32.", rich_help_panel=_PREFIX)] = "all",
     gate: Annotated[Gate, Option(help="Learned weight of the prefix.", rich_help_panel=_PREFIX)] = Gate.none,
     dropout: Annotated[float, Option(help="Dropout on the prefix.", rich_help_panel=_PREFIX)] = 0.0,
     freeze_first: Annotated[bool, Option(help="Keep the first token as initialised.", rich_help_panel=_PREFIX)] = False,
@@ -85,21 +99,34 @@ def run(
     quiet()
     from rich.console import Console
 
+    from foreword import methods
     from foreword.config import PrefixConfig
     from foreword.models import load_model
     from foreword.prefix import Prefix
     from foreword.train.run import train_prefix
 
     console = Console(stderr=True)
-    what: PrefixConfig | Prefix
+    what: Prefix | list[methods.Config]
     if start is not None:
         what = Prefix.load(start)
     else:
-        what = PrefixConfig(
-            length=length, init=init, repeat=repeat, reparam=reparam.value, depth=depth, hidden=hidden, rank=rank,
-            sites=sites, kinds=tuple(k.strip() for k in kinds.split(",")), dropout=dropout, freeze_first=freeze_first,
-            gate=cast("Any", None if gate is Gate.none else gate.value), position_offset=position_offset, seed=seed,
-        )  # fmt: skip
+        where_to: dict[str, Any] = {"sites": sites, "kinds": tuple(k.strip() for k in kinds.split(","))}
+        makers: dict[Method, Callable[[], methods.Config]] = {
+            Method.prefix: lambda: PrefixConfig(
+                length=length, init=init, repeat=repeat, reparam=reparam.value, depth=depth, hidden=hidden, rank=rank,
+                dropout=dropout, freeze_first=freeze_first, gate=cast("Any", None if gate is Gate.none else gate.value),
+                visible=visible, position_offset=position_offset, seed=seed, **where_to,
+            ),
+            Method.memory: lambda: methods.MemoryConfig(rank=memory_rank, seed=seed, **where_to),
+            Method.prompt: lambda: methods.PromptConfig(
+                length=length, init=init, repeat=repeat, visible=visible, position_offset=position_offset, seed=seed
+            ),
+            Method.lora: lambda: methods.LoRAConfig(rank=rank, seed=seed),
+            Method.adapter: lambda: methods.AdapterConfig(width=width, seed=seed),
+            Method.bitfit: lambda: methods.BitFitConfig(missing="add"),
+            Method.full: lambda: methods.FullConfig(),
+        }  # fmt: skip
+        what = [makers[m]() for m in method or [Method.prefix]]
     reading = {
         "columns": pairs(column or [], "--column") or None,
         "where": pairs(where or [], "--where") or None,

@@ -14,12 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foreword import _interface
-from foreword.attention import SitePrefix
+from foreword._queries import Queries
+from foreword._views import SitePrefix
 from foreword.errors import AttachError, ConfigError, MismatchError
+from foreword.memory import SiteMemory
 from foreword.prefix import Prefix
 from foreword.sites import Site
 from foreword.sites import sites as find_sites
 from foreword.tuning import SiteSlot, require_detached
+from foreword.visibility import Visibility
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Library:
         self.model = model
         self.sites: list[Site] = find_sites(model, example_inputs)
         self._prefixes: dict[str, Prefix] = {}
+        self._queries: Queries | None = None
         self._choice: ContextVar[_Choice | None] = ContextVar("foreword_choice", default=None)
         self._undo = _interface.install(model)
         for site in self.sites:
@@ -80,10 +84,15 @@ class Library:
 
         Raises:
             MismatchError: the prefix belongs to another model, or its text starts at another position.
-            ConfigError: the name is empty.
+            ConfigError: the name is empty, or the prefix brings trained weights, which all rows would share.
         """
         if not name:
             raise ConfigError("a task needs a name")
+        if prefix.parts:
+            raise ConfigError(
+                f"task {name!r} brings {prefix.parts[0]['method']}, which changes the model for all rows; a library "
+                "holds prefixes and memories. Attach it to the model instead: fw.attach(model, prefix)"
+            )
         prefix.check_fits(self.model, self.sites, force=force)
         if prefix.position_offset:
             try:
@@ -93,6 +102,9 @@ class Library:
                     f"task {name!r} expects text at position {prefix.position_offset}, and tasks of one batch share "
                     f"their positions: {exc}"
                 ) from exc
+        if prefix.visible.kind != "all" and self._queries is None:
+            self._queries = Queries(self.model, self.sites, offset=0, by_thread=True)
+            self._queries.install()
         self._prefixes[name] = prefix.to(self.model.dtype).to(self.model.device)
 
     def remove(self, name: str) -> None:
@@ -127,6 +139,8 @@ class Library:
             slot = self.model.get_submodule(site.name).__dict__.pop(_interface.SLOT, None)
             if slot is None or slot.source is not self:
                 raise AttachError("this library is not on its model (any more); nothing to detach")
+        if self._queries is not None:
+            self._queries.remove()
         _interface.uninstall(self._undo)
         self._prefixes.clear()
         return self.model
@@ -140,32 +154,77 @@ class Library:
             choice.views[site] = _view(choice, site)
         return choice.views[site]
 
+    def seen(self, site: str, prefix: SitePrefix, query: Tensor) -> Tensor | None:
+        """Which queries of a site see the prefixes; None: all."""
+        assert self._queries is not None and prefix.seen_by is not None
+        return self._queries.seen(site, prefix.seen_by, prefix.rows, query)
+
 
 def _view(choice: _Choice, site: str) -> SitePrefix | None:
     """The tasks' keys and values at a site: as they are for one task, padded to one tensor for several."""
-    here = [p if p is not None and p.keys.get(site, _NOTHING).numel() else None for p in choice.prefixes]
+    here = [p if p is not None and site in p.keys else None for p in choice.prefixes]
     present = [p for p in here if p is not None]
-    if not present:
+    if not any(p.length(site) or site in p.memory for p in present):
         return None
-    if len(here) == 1:
-        only = present[0]
-        bias, gate = only.bias.get(site), only.gates.get(site)
-        return SitePrefix(only.keys[site].unsqueeze(0), only.values[site].unsqueeze(0), bias=bias, gate=gate)
-    if any(site in p.bias or site in p.gates for p in present):
-        raise AttachError("tasks with gates can't be mixed with others in one batch; use them one at a time")
     longest = max(p.length(site) for p in present)
-    keys = torch.stack([_padded(p.keys[site] if p else None, longest, present[0].keys[site]) for p in here])
-    values = torch.stack([_padded(p.values[site] if p else None, longest, present[0].values[site]) for p in here])
+    like = present[0]
+    keys = _stack([_padded(p.keys[site] if p else None, longest, like.keys[site]) for p in here])
+    values = _stack([_padded(p.values[site] if p else None, longest, like.values[site]) for p in here])
     lengths = torch.tensor([p.length(site) if p else 0 for p in here], device=keys.device)
     visible = torch.arange(longest, device=keys.device) < lengths[:, None]
-    rows = torch.tensor(choice.rows, device=keys.device)
-    return SitePrefix(keys, values, rows, None if bool(visible.all()) else visible)
+    rows = torch.tensor(choice.rows, device=keys.device) if choice.rows is not None else None
+    heads, dim, out = _shape(site, present)
+    gates = [p.gates.get(site) if p else None for p in here]
+    gated = torch.tensor([g is not None for g in gates], device=keys.device)
+    rules = tuple(p.visible if p else Visibility() for p in here)
+    return SitePrefix(
+        keys,
+        values,
+        rows,
+        None if bool(visible.all()) else visible,
+        bias=_stacked([p.bias.get(site) if p else None for p in here], (heads,), keys),
+        gate=_stacked(gates, (heads,), keys),
+        reading=_stacked([p.readings.get(site) if p else None for p in here], (heads, dim + 1), keys),
+        seen_by=rules if longest and any(r.kind != "all" for r in rules) else None,
+        memory=_memory(site, here, (heads, dim, out), keys),
+        gated=gated if bool(gated.any()) and not bool(gated.all()) else None,
+    )
+
+
+def _shape(site: str, present: Sequence[Prefix]) -> tuple[int, int, int]:
+    found = next(s for s in present[0].sites if s.name == site)
+    return found.heads, found.key_dim, found.value_dim
+
+
+def _stacked(each: Sequence[Tensor | None], shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """One tensor for all tasks, ``(T, *shape)``, zero for those that have none; None where no task has one."""
+    if all(t is None for t in each):
+        return None
+    return _stack([t.to(like) if t is not None else like.new_zeros(shape) for t in each])
+
+
+def _stack(each: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``, without a copy of the only one."""
+    return torch.stack(list(each)) if len(each) > 1 else each[0].unsqueeze(0)
+
+
+def _memory(site: str, here: Sequence[Prefix | None], shape: tuple[int, ...], like: Tensor) -> SiteMemory | None:
+    holders = [p for p in here if p is not None and site in p.memory]
+    matrix = _stacked([p.memory.get(site) if p else None for p in here], shape, like)
+    if matrix is None:
+        return None
+    if len({p.recall for p in holders}) > 1:
+        raise AttachError(
+            "memories of different activations or queries can't be mixed in one batch; use them one at a time"
+        )
+    recall = holders[0].recall
+    rotation = holders[0].rotations.get(site) if recall.queries == "plain" else None
+    return SiteMemory(matrix, None, recall.activation, rotation)
 
 
 def _padded(tensor: Tensor | None, length: int, like: Tensor) -> Tensor:
     if tensor is None:
         return like.new_zeros(like.shape[0], length, like.shape[2])
+    if tensor.shape[1] == length:
+        return tensor
     return torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[1]))
-
-
-_NOTHING = torch.empty(0)

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-# A prefix moves far more per step than weights do, and each way of making it has a step of its own.
-LEARNING_RATES = {"direct": 2e-2, "low-rank": 5e-3, "mlp": 1e-3}
-
 
 @dataclass
 class PrefixTrainingArguments(TrainingArguments):
     """``transformers.TrainingArguments`` for prefixes: warm-up and clipping on, TensorBoard where installed.
 
     Attributes:
-        learning_rate: None chooses by what is trained: 2e-2 for keys and values themselves, 5e-3 for the low-rank
-            product, 1e-3 for the MLP.
+        learning_rate: of the first method that is trained. None chooses by the method: 2e-2 for keys and values
+            themselves, 5e-3 for the low-rank product, 1e-3 for the MLP (``foreword.methods.LEARNING_RATES``).
         explode_factor: a gradient norm this many times the median of the last 50 stops the run.
         report_to: None means TensorBoard where it is installed; ``"none"`` means nowhere.
     """

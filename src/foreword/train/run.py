@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from foreword.config import PrefixConfig
 from foreword.data import Collator, EncodedDataset
 from foreword.errors import ConfigError
+from foreword.methods import Config
 from foreword.prefix import Prefix
 from foreword.train.arguments import PrefixTrainingArguments
 from foreword.train.progress import RichProgress, StopOnSignal
@@ -42,7 +43,7 @@ class RunResult:
 def train_prefix(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    what: PrefixConfig | Prefix,
+    what: Config | Prefix | Sequence[Config | Prefix],
     dataset: EncodedDataset,
     out: Path,
     arguments: dict[str, Any],
@@ -55,7 +56,7 @@ def train_prefix(
     """Train a prefix and save it into ``out``; the model is detached again at the end.
 
     Args:
-        what: a configuration for a new prefix, or a prefix to go on training.
+        what: a configuration for a new prefix (or several methods), or a prefix to go on training.
         arguments: fields of :class:`PrefixTrainingArguments`.
         resume: go on from the last whole checkpoint in ``out``.
 

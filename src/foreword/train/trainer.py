@@ -13,7 +13,7 @@ import statistics
 import warnings
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from foreword.config import PrefixConfig
 from foreword.errors import AttachError, DivergedError, PrefixFileError
-from foreword.train.arguments import LEARNING_RATES, PrefixTrainingArguments
+from foreword.methods import LEARNING_RATES, usual_learning_rate
+from foreword.train.arguments import PrefixTrainingArguments
 from foreword.train.curves import draw_curves
 from foreword.tuning import Tuning, tuning_of
 
@@ -56,6 +58,15 @@ class PrefixTrainer(Trainer):
         self._norms: deque[float] = deque(maxlen=50)
         self._good: list[Tensor] = []
         super().__init__(model, args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """One group of parameters for each method that is trained, each with its learning rate."""
+        if self.optimizer is None:
+            chosen, options = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, self.model))
+            options.pop("lr", None)
+            groups = self.tuning.parameter_groups(self.args.learning_rate)
+            self.optimizer = chosen(groups, weight_decay=self.args.weight_decay, **options)
+        return self.optimizer
 
     # ---------------------------------------------------------------- watching for divergence
 
@@ -194,12 +205,13 @@ def load_training_state(tuning: Tuning, folder: Path) -> None:
 
 
 def _settle_learning_rate(args: TrainingArguments, tuning: Tuning) -> None:
-    reparam = tuning.config.reparam if tuning.config is not None else "direct"
-    usual = LEARNING_RATES[reparam]
+    first = tuning.configs[0] if tuning.configs else None
+    usual = usual_learning_rate(first) if first is not None else LEARNING_RATES["direct"]
     if args.learning_rate is None:
-        args.learning_rate = usual
+        args.learning_rate = (first.learning_rate if first is not None else None) or usual
     elif args.learning_rate <= usual / 100:
+        what = "a prefix" if isinstance(first, PrefixConfig | None) else "this"
+        name = f"reparam={first.reparam!r}" if isinstance(first, PrefixConfig) else getattr(first, "method", "keys")
         warnings.warn(
-            f"learning_rate={args.learning_rate:g} hardly moves a prefix; {usual:g} is usual for reparam={reparam!r}",
-            stacklevel=3,
+            f"learning_rate={args.learning_rate:g} hardly moves {what}; {usual:g} is usual for {name}", stacklevel=3
         )

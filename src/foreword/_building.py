@@ -1,0 +1,280 @@
+"""From configurations and saved prefixes to a :class:`~foreword.tuning.Tuning` that stands on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from foreword import methods
+from foreword.config import PrefixConfig
+from foreword.encoders import Direct, Frozen, make_encoder
+from foreword.errors import ConfigError
+from foreword.fingerprint import Fingerprint
+from foreword.initializers import initial_states
+from foreword.memory import Memory, Recall
+from foreword.positions import check_offset, find_rotations
+from foreword.prefix import Prefix
+from foreword.sites import Site, select
+from foreword.sites import sites as find_sites
+from foreword.tuning import Tuning
+from foreword.visibility import Visibility, parse
+from foreword.weights import Adapters, LoRA, WeightPart, all_parameters, bias_parameters, head_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from foreword.methods import Config
+
+_WEIGHTS = (methods.LoRAConfig, methods.AdapterConfig, methods.BitFitConfig, methods.FullConfig)
+_ORDER = (PrefixConfig, methods.PromptConfig, methods.MemoryConfig, *_WEIGHTS)  # whatever order they are given in
+
+
+def build(
+    model: PreTrainedModel,
+    items: Sequence[Config | Prefix],
+    tokenizer: PreTrainedTokenizerBase | None,
+    example_inputs: Mapping[str, Any] | None,
+    trainable: bool,
+    strength: float | None,
+    force: bool,
+) -> Tuning:
+    """Everything that ``attach`` does. What was begun is undone if something doesn't fit."""
+    _check_items(items)
+    tuning = Tuning(model, Fingerprint.of(model))
+    prefixes = [i for i in items if isinstance(i, Prefix)]
+    configs = sorted((i for i in items if not isinstance(i, Prefix)), key=lambda c: _ORDER.index(type(c)))
+    tuning.configs = list(configs)
+    try:
+        for prefix in prefixes:
+            _check_prefix(model, prefix, example_inputs, force)
+        # The layers first: a text's keys and values are those of the model as it will stand.
+        for prefix in prefixes:
+            _load_weights(tuning, prefix, example_inputs, trainable)
+        for config in configs:
+            if isinstance(config, _WEIGHTS):
+                _put_on(tuning, weight_part(model, config, example_inputs), config.to_json())
+        _stand_at_sites(tuning, prefixes, configs, tokenizer, example_inputs, trainable)
+        if strength is not None:
+            tuning.strength = strength
+        tuning.install(trainable=trainable or bool(configs))
+    except BaseException:
+        tuning.take_parts_off()
+        raise
+    return tuning
+
+
+def weight_part(model: PreTrainedModel, config: Any, example_inputs: Mapping[str, Any] | None) -> WeightPart:
+    """The part that a configuration asks for, not yet on the model."""
+    if isinstance(config, methods.LoRAConfig):
+        return LoRA(config)
+    if isinstance(config, methods.AdapterConfig):
+        return Adapters(config, example_inputs)
+    if isinstance(config, methods.BitFitConfig):
+        return bias_parameters(model, config)
+    return all_parameters(model, config)
+
+
+def _check_items(items: Sequence[Any]) -> None:
+    if not items:
+        raise ConfigError("attach was given an empty list; expected a configuration or a prefix")
+    for item in items:
+        if not isinstance(item, (*_ORDER, Prefix)):
+            raise ConfigError(
+                f"attach takes a PrefixConfig or a Prefix, not {type(item).__name__} (MemoryConfig, LoRAConfig and "
+                "their like as well, or a list of them)"
+            )
+    kinds = [_kinds(i) for i in items]
+    for n, own in enumerate(kinds):
+        for other in kinds[n + 1 :]:
+            if both := own & other:
+                raise ConfigError(
+                    f"two of what was given to attach are a {sorted(both)[0]}; expected one of each kind. "
+                    "Two prefixes can be joined to one: first.join(second)"
+                )
+
+
+def _kinds(item: Any) -> set[str]:
+    """What an item brings: two that bring the same can't stand on one model."""
+    if isinstance(item, Prefix):
+        found = {str(p["method"]) for p in item.parts}
+        return found | ({"prefix"} if item.longest else set()) | ({"memory"} if item.memory else set())
+    if isinstance(item, PrefixConfig | methods.PromptConfig):
+        return {"prefix"} | ({"head"} if getattr(item, "head", None) else set())
+    return {item.method}
+
+
+def _check_prefix(
+    model: PreTrainedModel, prefix: Prefix, example_inputs: Mapping[str, Any] | None, force: bool
+) -> None:
+    found = _known_sites(model, prefix, example_inputs) if prefix.sites else []
+    prefix.check_fits(model, found, force=force)
+    check_offset(model, prefix.position_offset)
+
+
+def _known_sites(model: PreTrainedModel, prefix: Prefix, example_inputs: Mapping[str, Any] | None) -> list[Site]:
+    """The model's sites; a prefix for a model that needs inputs to be looked at vouches for its own by name."""
+    try:
+        return find_sites(model, example_inputs)
+    except ConfigError:
+        if example_inputs is not None:
+            raise
+        modules = dict(model.named_modules())
+        return [s for s in prefix.sites if s.name in modules]
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+def _put_on(tuning: Tuning, part: WeightPart, record: dict[str, Any], trainable: bool = True) -> None:
+    tuning.holder.weights[part.method] = part
+    part.put_on(tuning.model)
+    tuning.parts.append(record)
+    for value in part.values:
+        value.requires_grad_(trainable)
+
+
+def _load_weights(tuning: Tuning, prefix: Prefix, example_inputs: Mapping[str, Any] | None, trainable: bool) -> None:
+    for record in prefix.parts:
+        method = str(record["method"])
+        part = _part_of(tuning.model, record, example_inputs)
+        _put_on(tuning, part, dict(record), trainable)
+        start = f"{method}/"
+        part.load({n.removeprefix(start): t for n, t in prefix.weights.items() if n.startswith(start)})
+
+
+def _part_of(model: PreTrainedModel, record: Mapping[str, Any], example_inputs: Mapping[str, Any] | None) -> WeightPart:
+    if record["method"] == "head":
+        return head_parameters(model, str(record["kind"]))
+    known = {c.method: c for c in _WEIGHTS}
+    if record["method"] not in known:
+        raise ConfigError(f"the prefix has a part {record['method']!r}, which this version of foreword doesn't know")
+    fields = {k: v for k, v in record.items() if k != "method"}
+    return weight_part(model, known[str(record["method"])](**fields), example_inputs)
+
+
+# ------------------------------------------------------------------------------------------ at the attention
+
+
+def _stand_at_sites(
+    tuning: Tuning,
+    prefixes: Sequence[Prefix],
+    configs: Sequence[Config],
+    tokenizer: PreTrainedTokenizerBase | None,
+    example_inputs: Mapping[str, Any] | None,
+    trainable: bool,
+) -> None:
+    at_sites = [c for c in configs if isinstance(c, PrefixConfig | methods.PromptConfig | methods.MemoryConfig)]
+    model = tuning.model
+    found: list[Site] = find_sites(model, example_inputs) if at_sites else []
+    chosen: dict[str, Site] = {}
+    for prefix in prefixes:
+        chosen.update({s.name: s for s in prefix.sites if prefix.length(s.name) or s.name in prefix.memory})
+    wanted = {id(c): _sites_of(c, found) for c in at_sites}
+    for sites in wanted.values():
+        chosen.update({s.name: s for s in sites})
+    order = {s.name: i for i, s in enumerate(found)} or {n: i for i, n in enumerate(chosen)}
+    tuning.sites = sorted(chosen.values(), key=lambda s: order.get(s.name, 0))
+    for prefix in prefixes:
+        _load(tuning, prefix, trainable)
+    if at_sites:
+        tuning.__dict__["rotations"] = find_rotations(model, tuning.sites)
+    for config in at_sites:
+        if isinstance(config, methods.MemoryConfig):
+            _new_memory(tuning, config, wanted[id(config)])
+    for config in at_sites:
+        if not isinstance(config, methods.MemoryConfig):
+            _new_prefix(tuning, config, wanted[id(config)], tokenizer, example_inputs)
+
+
+def _sites_of(config: Any, found: Sequence[Site]) -> list[Site]:
+    if isinstance(config, methods.PromptConfig):
+        return _prompted(found)
+    return select(found, config.sites, config.kinds)
+
+
+def _load(tuning: Tuning, prefix: Prefix, trainable: bool) -> None:
+    states = {s.name: (prefix.keys[s.name], prefix.values[s.name]) for s in prefix.sites if prefix.length(s.name)}
+    tuning.metadata.update(prefix.metadata)
+    if states:
+        encoder = Direct({n: (k.float(), v.float()) for n, (k, v) in states.items()}) if trainable else Frozen(states)
+        tuning.holder.encoder = encoder
+        tuning.position_offset = prefix.position_offset
+        _set_visible(tuning, prefix.visible, states)
+        tuning.load_gates(prefix, trainable)
+    tuning.__dict__["rotations"] = {**tuning.__dict__.get("rotations", {}), **prefix.rotations}
+    if prefix.memory:
+        tuning.holder.memory = Memory.of(prefix.memory, trainable=trainable)
+        tuning.recall = prefix.recall
+
+
+def _new_memory(tuning: Tuning, config: methods.MemoryConfig, sites: Sequence[Site]) -> None:
+    tuning.recall = Recall(config.activation, config.queries)
+    if config.queries == "plain":
+        still = [s.name for s in sites if s.kind != "cross" and s.name not in tuning.rotations]
+        if still:
+            raise ConfigError(
+                f'queries="plain" undoes the rotation of queries, and those of {still[0]} are not known to be rotated; '
+                'use queries="rotated" (as the model uses them)'
+            )
+    tuning.holder.memory = Memory(sites, rank=config.rank, seed=config.seed)
+
+
+def _new_prefix(
+    tuning: Tuning,
+    config: PrefixConfig | methods.PromptConfig,
+    sites: Sequence[Site],
+    tokenizer: PreTrainedTokenizerBase | None,
+    example_inputs: Mapping[str, Any] | None,
+) -> None:
+    model = tuning.model
+    check_offset(model, config.position_offset)
+    tuning.config = config
+    tuning.position_offset = config.position_offset
+    if isinstance(config, methods.PromptConfig):
+        from foreword.prompts import prompt_encoder
+
+        tuning.holder.encoder = prompt_encoder(config, model, tokenizer, sites, tuning.rotations)
+        _set_visible(tuning, parse(config.visible), [s.name for s in sites])
+        return
+    start = initial_states(config, model, tokenizer, sites, tuning.rotations, example_inputs)
+    kept = [s for s in sites if s.name in start]
+    tuning.holder.encoder = make_encoder(config, start, kept)
+    used = start.keys() | set(tuning.holder.memory.names if tuning.holder.memory is not None else ())
+    tuning.sites = [s for s in tuning.sites if s.name in used]  # not those that `lengths` leaves out
+    tuning.strength = config.strength
+    _set_visible(tuning, parse(config.visible), start)
+    if config.gate is not None:
+        tuning.add_gates(config.gate, kept)
+    if config.head is not None:
+        _put_on(tuning, head_parameters(model, config.head), {"method": "head", "kind": config.head})
+
+
+def _set_visible(tuning: Tuning, rule: Visibility, names: Any) -> None:
+    """Raise ConfigError where an infix makes no sense."""
+    if rule.kind == "infix":
+        odd = [s for s in tuning.sites if s.name in names and s.kind != "self"]
+        if odd or tuning.model.config.is_encoder_decoder:
+            what = f"{odd[0].name} is {odd[0].kind} attention" if odd else "the input is in the encoder"
+            raise ConfigError(
+                f'visible="infix" needs input and output in one causal sequence, and {what}; use a decoder-only model, '
+                'or visible="all" (sites of the decoder alone: kinds=("self",))'
+            )
+    tuning.visible = rule
+
+
+def _prompted(found: Sequence[Site]) -> list[Site]:
+    """All sites of the text, where a prompt's keys and values don't depend on what follows.
+
+    Raises:
+        ConfigError: the model reads in both directions.
+    """
+    chosen = select(found)
+    both = next((s for s in chosen if not s.causal), None)
+    if both is not None:
+        raise ConfigError(
+            f"prompt tuning here is for causal decoders: at {both.name} ({both.kind} attention) virtual tokens would "
+            "see the text. Use a PrefixConfig with this model"
+        )
+    return chosen

@@ -1,0 +1,122 @@
+"""PrefixMemory-Tuning (arXiv 2506.13674, also Prefix-Tuning+): a prefix moved out of the softmax.
+
+A prefix's share of the attention competes with the text's: the longer the text, the less of the prefix is left. A
+memory is added instead, at every query head::
+
+    o = softmax(q K^T * scale) V + phi(q)^T M,        M (key_dim, value_dim), phi = ELU or GELU
+
+M starts at zero, so training starts at the base model exactly. It may be a product ``U V`` of rank r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from foreword.errors import AttachError
+from foreword.positions import Rotation
+from foreword.sites import Site
+
+Activation = Literal["elu", "gelu"]
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"elu": nn.functional.elu, "gelu": nn.functional.gelu}
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """How a memory is read: phi, and queries as the model uses them (``rotated``) or before RoPE (``plain``)."""
+
+    activation: Activation = "elu"
+    queries: Literal["rotated", "plain"] = "rotated"
+
+
+@dataclass(frozen=True, slots=True)
+class SiteMemory:
+    """What one attention site reads of a memory.
+
+    Shapes: T tasks, H query heads, D key_dim, E value_dim.
+    """
+
+    matrix: Tensor  # (T, H, D, E), or (T, H, D, r) with `up`
+    up: Tensor | None = None  # (T, H, r, E)
+    activation: Activation = "elu"
+    rotation: Rotation | None = None  # if given, queries are turned back to position 0 first
+
+    def recall(self, query: Tensor, rows: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor:
+        """``phi(q)^T M``: ``(B, S, H, E)`` for queries ``(B, H, S, D)``.
+
+        Args:
+            rows: the task of each row of the batch, as in ``SitePrefix``.
+        """
+        if self.rotation is not None:
+            query = _turned_back(query, self.rotation, kwargs.get("position_ids"))
+        out = _ACTIVATIONS[self.activation](query)
+        for matrix in (self.matrix, self.up):
+            if matrix is not None:
+                matrix = matrix.to(query)
+                out = out @ (matrix if rows is None else matrix[rows.to(query.device).repeat_interleave(
+                    query.shape[0] // len(rows))])  # fmt: skip
+        return out.transpose(1, 2)
+
+
+def _turned_back(query: Tensor, rotation: Rotation, positions: Any) -> Tensor:
+    """Queries before their rotation, ``R(-p) q`` for the position p of each."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        raise AttachError(
+            'a memory with queries="plain" must know the positions, and this model does not hand position_ids to its '
+            'attention; use queries="rotated" (as the model uses them)'
+        )
+    width = 2 * len(rotation.inv_freq)
+    angle = -positions[:, None, :, None].to(query.device) * rotation.inv_freq.to(query.device, torch.float32)
+    cos, sin = angle.cos(), angle.sin()  # (B, 1, S, R/2)
+    turning = query[..., rotation.start : rotation.start + width].float()
+    if rotation.layout == "half":
+        a, b = turning.chunk(2, dim=-1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    before, after = query[..., : rotation.start], query[..., rotation.start + width :]
+    return torch.cat([before, turned.to(query.dtype), after], dim=-1)
+
+
+class Memory(nn.Module):
+    """The trainable matrices of some sites: ``sum of heads * key_dim * value_dim`` numbers.
+
+    With a rank it is ``sum of heads * rank * (key_dim + value_dim)``: U is random and V zero, so that M starts at zero
+    and still learns.
+    """
+
+    def __init__(self, sites: Sequence[Site], *, rank: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.names = [s.name for s in sites]
+        self.matrix, self.up = nn.ParameterList(), nn.ParameterList()
+        generator = torch.Generator().manual_seed(seed)
+        for site in sites:
+            if rank is None:
+                self.matrix.append(nn.Parameter(torch.zeros(site.heads, site.key_dim, site.value_dim)))
+                continue
+            down = torch.randn(site.heads, site.key_dim, rank, generator=generator) * site.key_dim**-0.5
+            self.matrix.append(nn.Parameter(down))
+            self.up.append(nn.Parameter(torch.zeros(site.heads, rank, site.value_dim)))
+
+    @classmethod
+    def of(cls, matrices: Mapping[str, Tensor], *, trainable: bool) -> Memory:
+        """A memory that begins at given matrices, ``(heads, key_dim, value_dim)`` by site."""
+        memory = cls([])
+        memory.names = list(matrices)
+        memory.matrix = nn.ParameterList(nn.Parameter(m.clone(), requires_grad=trainable) for m in matrices.values())
+        return memory
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """By site: the matrix and None, or the two factors."""
+        ups: list[Tensor | None] = [*self.up] if len(self.up) else [None] * len(self.names)
+        return dict(zip(self.names, zip(self.matrix, ups, strict=True), strict=True))
+
+    @torch.no_grad()
+    def baked(self) -> dict[str, Tensor]:
+        """By site: ``(heads, key_dim, value_dim)``."""
+        return {n: (m if up is None else m @ up).detach().clone() for n, (m, up) in self.factors().items()}
