@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foreword.errors import AttachError
-from foreword.memory import SiteMemory
+from foreword.memory import SiteMemory, by_head
 from foreword.visibility import Visibility
 
 
@@ -117,13 +117,15 @@ def _by_query(weights: Tensor | None, rows: Tensor | None, query: Tensor) -> Ten
 
 
 def _read_off(reading: Tensor, rows: Tensor | None, query: Tensor) -> Tensor:
-    """A weight for each query and head as a bias, ``log(2 sigmoid(q . w + b))``: ``(B, H, S, 1)``; 0 while w, b are."""
+    """A weight for each query and head as a bias, ``log(2 sigmoid(q . w + b))``: ``(B, H, S, 1)``; 0 while w, b are.
+
+    Args:
+        reading: ``(H, key_dim + 1)``, or ``(T, H, key_dim + 1)`` with ``rows``, the task of each row of the batch.
+    """
     reading = reading.to(query)
-    if reading.dim() == 3:
-        reading = reading[rows] if rows is not None else reading
-    else:
-        reading = reading[None]
-    scores = query @ reading[..., :-1, None] + reading[..., -1:, None]
+    reading = reading if reading.dim() == 3 else reading[None]
+    offset = reading[..., -1:, None] if rows is None else reading[rows][..., -1:, None]  # (B|1, H, 1, 1)
+    scores = by_head(query, reading[..., :-1, None], rows) + offset
     return torch.nn.functional.logsigmoid(scores) + math.log(2)
 
 

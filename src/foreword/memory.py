@@ -56,10 +56,22 @@ class SiteMemory:
         out = _ACTIVATIONS[self.activation](query)
         for matrix in (self.matrix, self.up):
             if matrix is not None:
-                matrix = matrix.to(query)
-                out = out @ (matrix if rows is None else matrix[rows.to(query.device).repeat_interleave(
-                    query.shape[0] // len(rows))])  # fmt: skip
+                out = by_head(out, matrix.to(query), rows)
         return out.transpose(1, 2)
+
+
+def by_head(states: Tensor, matrices: Tensor, rows: Tensor | None) -> Tensor:
+    """Each head's states by its matrix: ``(B, H, S, D)`` by ``(T, H, D, E)`` -> ``(B, H, S, E)``.
+
+    Args:
+        rows: ``(R,)`` the task of each row, or None when there is one: then it is one product a head, and one for the
+            matrix's gradient.
+    """
+    batch, heads, length, dim = states.shape
+    if rows is not None:
+        return states @ matrices[rows.to(states.device).repeat_interleave(batch // len(rows))]
+    folded = states.transpose(0, 1).reshape(heads, batch * length, dim) @ matrices[0]
+    return folded.view(heads, batch, length, -1).transpose(0, 1)
 
 
 def _turned_back(query: Tensor, rotation: Rotation, positions: Any) -> Tensor:

@@ -198,6 +198,32 @@ def test_train_takes_the_configuration(run, folder, data, tmp_path, how):
     assert fw.Prefix.load(tmp_path / "on") != prefix
 
 
+@pytest.mark.parametrize(
+    ("how", "methods"),
+    [
+        (("--method", "memory", "--memory-rank", 2), []),
+        (("--method", "prefix", "--method", "lora", "--visible", "infix:1", "--sites", "last:1"), ["lora"]),
+        (("--method", "prompt"), []),
+        (("--method", "adapter", "--width", 4, "--method", "bitfit"), ["adapter", "bitfit"]),
+    ],
+)
+def test_train_takes_other_methods(run, folder, data, tmp_path, how, methods):
+    given = ("train", "--model", folder, "--data", data, "--length", 6, "--steps", 2, "--init", "random", "--json")
+    code, out, err = run(*given, "--out", tmp_path / "p", *how)
+    assert code == 0, err
+    prefix = fw.Prefix.load(tmp_path / "p")
+    assert [p["method"] for p in prefix.parts] == methods
+    assert bool(prefix.memory) == ("memory" in how) and (prefix.longest == 6) == ("prefix" in how or "prompt" in how)
+    assert prefix.visible.to_json() == ("infix:1" if "infix:1" in how else "all")
+    assert json.loads(out)["parameters"] > 0
+    code, out, err = run("inspect", tmp_path / "p")
+    assert code == 0 and all(f"with {m}: " in out for m in methods), err
+    assert ("seen by: infix:1" in out) == ("infix:1" in how)
+    assert json.loads(run("inspect", tmp_path / "p", "--json")[1])["parameters"] == prefix.num_parameters
+    code, out, err = run("generate", "--model", folder, "--prefix", tmp_path / "p", "--prompt", "The film", "--json")
+    assert code == 0, err
+
+
 # ---------------------------------------------------------------- refusals
 
 

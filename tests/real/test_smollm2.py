@@ -170,3 +170,36 @@ def test_three_steps_on_real_reviews(real, tmp_path):
     tuning = fw.tuning.tuning_of(model)
     tuning.detach()
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("what", "count"),
+    [
+        (fw.PrefixConfig(length=20, init="random"), 230_400),
+        (fw.PrefixConfig(length=20, init="random", gate="head"), 230_400 + 270),
+        (fw.PrefixConfig(length=20, init="random", gate="input"), 230_400 + 17_550),
+        (fw.MemoryConfig(), 1_105_920),
+        (fw.MemoryConfig(rank=4), 138_240),
+        (fw.PromptConfig(length=20, init="vocabulary"), 11_520),
+        (fw.LoRAConfig(rank=8), 460_800),
+        (fw.AdapterConfig(width=32), 2_248_320),
+        (fw.AdapterConfig(width=32, style="pfeiffer"), 1_124_160),
+        (fw.BitFitConfig(missing="add"), 155_520),
+        (fw.FullConfig(), 134_515_008),
+    ],
+)
+def test_parameter_counts_of_the_docs(real, what, count):
+    tuning = fw.attach(real[0], what)
+    assert tuning.num_parameters == count
+    tuning.detach()
+
+
+def test_an_infix_writes_from_its_boundary(real):
+    """The prompt is read as the base model reads it; what is written sees the infix."""
+    model, tokenizer = real
+    base = write(model, tokenizer, PROMPTS, do_sample=False, max_new_tokens=12)
+    tuning = fw.attach(model, fw.PrefixConfig(length=None, init=TEXT, visible="infix"), tokenizer=tokenizer)
+    late = write(model, tokenizer, PROMPTS, do_sample=False, max_new_tokens=12)
+    tuning.detach()
+    first = [tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in base]
+    assert [tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in late] == first and late != base

@@ -96,6 +96,8 @@ CASES = {
     "freeze_first": {"freeze_first": True},
     "gate head": {"gate": "head"},
     "gate zero": {"gate": "zero"},
+    "gate input": {"gate": "input"},
+    "infix": {"visible": "infix:1"},
     "dropout": {"dropout": 0.2},
     "mlp freeze_first gate": {"reparam": "mlp", "hidden": 16, "freeze_first": True, "gate": "zero"},
 }
@@ -131,6 +133,39 @@ def test_resuming_gives_the_uninterrupted_losses(case, accumulate, tmp_path):
     assert again.bake() == tuning.bake()
     for a, b in zip(resumed.tuning.parameters(), whole.tuning.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+TOGETHER = {
+    "prefix and memory": [fw.PrefixConfig(length=3, init="random"), fw.MemoryConfig(rank=2)],
+    "prefix and lora": [fw.PrefixConfig(length=3, init="random"), fw.LoRAConfig(rank=2)],
+    "prompt": [fw.PromptConfig(length=3, init="random", learning_rate=0.1)],
+    "adapter and bitfit": [fw.AdapterConfig(width=4), fw.BitFitConfig(missing="add")],
+    "full": [fw.FullConfig(parameters=r".*layers\.1\..*")],
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_methods_resume_together_each_at_its_rate(case, tmp_path):
+    found = []
+    for part in ("whole", "cut", "resumed"):
+        model = zoo.build("llama")
+        tuning = fw.attach(model, TOGETHER[case])
+        made = tiny.trainer(model, tmp_path / ("whole" if part == "whole" else "cut"),
+                            **({"num_train_epochs": 1} if part != "cut" else {}))  # fmt: skip
+        if part == "cut":
+            made.add_callback(type("Stop", (transformers.TrainerCallback,), {"on_step_end": _stop_at_four})())
+        made.train(resume_from_checkpoint=part == "resumed" or None)
+        assert made.state.global_step == (4 if part == "cut" else tiny.STEPS)
+        rates = [g["initial_lr"] for g in made.optimizer.param_groups]
+        assert rates == [g["lr"] for g in tuning.parameter_groups(made.args.learning_rate)]
+        assert len(rates) == len(TOGETHER[case])
+        found.append((tiny.losses(made), tuning.bake()))
+        tuning.detach()
+    assert found[0][0] == found[2][0] and found[0][1] == found[2][1]
+
+
+def _stop_at_four(self, args, state, control, **kwargs):
+    control.should_training_stop = state.global_step == 4
 
 
 def cut_short(folder, how):
