@@ -1,4 +1,4 @@
-"""LoRA, adapters, BitFit, full fine-tuning, prompts and heads: against PEFT or by hand, and with a prefix."""
+"""LoRA, adapters, BitFit and full fine-tuning: against PEFT or by hand, with a prefix, and mixed by row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import transformers as tf
 
 import foreword as fw
 import zoo
@@ -235,112 +234,6 @@ def test_full_is_everything():
     tuning.detach()
     with pytest.raises(fw.ConfigError, match="matches no parameter"):
         fw.attach(model, fw.FullConfig(parameters="nothing"))
-
-
-# ------------------------------------------------------------------------------------------ prompts
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "neox"])
-def test_a_text_prompt_is_the_text(name, tokenizer):
-    """Virtual tokens that start from a text are the model prompted with it, and bake to a prefix from that text."""
-    model, tokens = zoo.build(name), zoo.ids()
-    text = zoo.SENTENCES[0]
-    ids = torch.tensor([tokenizer(text)["input_ids"]]).expand(2, -1)
-    want = zoo.logits(model, input_ids=torch.cat([ids, tokens], 1))[:, ids.shape[1] :]
-    tuning = fw.attach(model, fw.PromptConfig(length=None, init=text), tokenizer=tokenizer)
-    torch.testing.assert_close(zoo.logits(model, input_ids=tokens), want, atol=1e-4, rtol=1e-3)
-    assert tuning.num_parameters == ids.shape[1] * model.get_input_embeddings().weight.shape[1]
-    prefix = tuning.bake()
-    tuning.detach()
-    fw.attach(model, prefix)
-    torch.testing.assert_close(zoo.logits(model, input_ids=tokens), want, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize(("name", "offset"), [("llama", 0), ("gpt2", 4)])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_prompt_gradients_are_those_of_real_tokens(name, offset, checkpointing):
-    model, tokens = zoo.build(name).train(), zoo.ids()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = 0.0
-    for module in model.modules():
-        if hasattr(module, "attn_dropout") and isinstance(module.attn_dropout, float):
-            module.attn_dropout = 0.0
-    tuning = fw.attach(model, fw.PromptConfig(length=4, init="random", position_offset=offset))
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    (ours,) = tuning.parameters()
-    start = ours.detach().clone().requires_grad_()
-    tuning.detach()
-    if checkpointing:
-        model.gradient_checkpointing_disable()
-    embedded = torch.cat([start.expand(2, -1, -1), model.get_input_embeddings()(tokens)], 1)
-    labels = torch.cat([torch.full((2, 4), -100), tokens], 1)
-    labels[:, 4] = -100  # the first token has nothing before it without a prompt
-    model(inputs_embeds=embedded, labels=labels).loss.backward()
-    torch.testing.assert_close(ours.grad, start.grad, atol=1e-5, rtol=1e-3)
-
-
-def test_a_prompt_generates_what_the_text_does(tokenizer):
-    model, tokens = zoo.build("llama"), zoo.ids()
-    text = zoo.SENTENCES[1]
-    ids = torch.tensor([tokenizer(text)["input_ids"]]).expand(2, -1)
-    want = model.generate(torch.cat([ids, tokens], 1), max_new_tokens=6, do_sample=False)[:, ids.shape[1] :]
-    tuning = fw.attach(model, fw.PromptConfig(length=None, init=text), tokenizer=tokenizer)
-    assert torch.equal(model.generate(tokens, max_new_tokens=6, do_sample=False), want)
-    tuning.detach()
-
-
-# ------------------------------------------------------------------------------------------ heads
-
-
-def classifier(kind):
-    torch.manual_seed(0)
-    config = tf.BertConfig(vocab_size=zoo.VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                           num_attention_heads=4, num_labels=2 if kind == "question" else 3)  # fmt: skip
-    names = {"sequence": "SequenceClassification", "token": "TokenClassification", "question": "QuestionAnswering",
-             "choice": "MultipleChoice"}  # fmt: skip
-    return getattr(tf, f"BertFor{names[kind]}")(config).eval()
-
-
-def labelled(kind):
-    tokens = zoo.ids(2, 7)
-    if kind == "choice":
-        return {"input_ids": tokens[:, None].expand(-1, 3, -1).contiguous(), "labels": torch.tensor([0, 2])}
-    if kind == "question":
-        return {"input_ids": tokens, "start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])}
-    return {"input_ids": tokens, "labels": torch.tensor([0, 2]) if kind == "sequence" else tokens % 3}
-
-
-def scores(model, arguments):
-    with torch.no_grad():
-        out = model(**arguments)
-    return out.logits if "logits" in out else torch.stack([out.start_logits, out.end_logits])
-
-
-@pytest.mark.parametrize("kind", ["sequence", "token", "question", "choice"])
-def test_a_head_is_trained_and_saved_with_the_prefix(kind, tmp_path):
-    model, arguments = classifier(kind), labelled(kind)
-    base = scores(model, arguments)
-    config = fw.PrefixConfig(length=3, init="random", head=kind, dropout=0.1)
-    tuning = trained(model, config, arguments)
-    assert any(n.startswith("weights.head") for n, _ in tuning.named_parameters())
-    assert [round(g["lr"], 4) for g in tuning.parameter_groups()] == [2e-2, 1e-3]
-    moved = scores(model, arguments)
-    tuning.bake().save(tmp_path / "p")
-    tuning.detach()
-    assert torch.equal(scores(model, arguments), base)
-    fw.attach(model, fw.Prefix.load(tmp_path / "p"))
-    torch.testing.assert_close(scores(model, arguments), moved, atol=1e-5, rtol=1e-4)
-
-
-def test_a_head_of_another_kind_is_refused():
-    with pytest.raises(fw.ConfigError, match="AutoModelForTokenClassification"):
-        fw.attach(classifier("sequence"), fw.PrefixConfig(length=2, init="random", head="token"))
-    with pytest.raises(fw.ConfigError, match="has no such head"):
-        fw.attach(zoo.build("llama"), fw.PrefixConfig(length=2, init="random", head="sequence"))
 
 
 # ------------------------------------------------------------------------------------------ gates, layers, refusals

@@ -81,18 +81,7 @@ def _turned_back(query: Tensor, rotation: Rotation, positions: Any) -> Tensor:
             'a memory with queries="plain" must know the positions, and this model does not hand position_ids to its '
             'attention; use queries="rotated" (as the model uses them)'
         )
-    width = 2 * len(rotation.inv_freq)
-    angle = -positions[:, None, :, None].to(query.device) * rotation.inv_freq.to(query.device, torch.float32)
-    cos, sin = angle.cos(), angle.sin()  # (B, 1, S, R/2)
-    turning = query[..., rotation.start : rotation.start + width].float()
-    if rotation.layout == "half":
-        a, b = turning.chunk(2, dim=-1)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    else:
-        a, b = turning[..., 0::2], turning[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    before, after = query[..., : rotation.start], query[..., rotation.start + width :]
-    return torch.cat([before, turned.to(query.dtype), after], dim=-1)
+    return rotation(query, -positions[:, None])
 
 
 class Memory(nn.Module):

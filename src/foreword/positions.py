@@ -39,12 +39,17 @@ class Rotation:
     layout: Layout = "half"
     start: int = 0
 
-    def __call__(self, keys: Tensor, positions: int) -> Tensor:
-        """``R(positions) keys`` for keys ``(..., key_dim)``, computed in float64, returned in their dtype."""
+    def __call__(self, keys: Tensor, positions: int | Tensor) -> Tensor:
+        """``R(positions) keys`` for keys ``(..., key_dim)``, computed in float64, returned in their dtype.
+
+        Args:
+            positions: one number of positions for all, or one for each key, broadcast to ``(...)``.
+        """
         width = 2 * len(self.inv_freq)
-        if width == 0 or positions == 0:
+        if width == 0 or (isinstance(positions, int) and positions == 0):
             return keys
-        angle = self.inv_freq.to(keys.device, torch.float64) * positions
+        by = positions if isinstance(positions, int) else positions.to(keys.device)[..., None]
+        angle = self.inv_freq.to(keys.device, torch.float64) * by
         cos, sin = angle.cos(), angle.sin()
         rotating = keys[..., self.start : self.start + width].to(torch.float64)
         if self.layout == "half":
