@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AttentionInterface
 
 import foreword as fw
+import zoo
 from foreword import _masks
 from foreword._kernels import kernel_for, self_check
 from foreword.attention import SitePrefix, attend, attention_path, merged_attention
@@ -317,3 +318,25 @@ def test_a_mask_is_derived_once():
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
     assert _masks.additive(mask, torch.float32) is _masks.additive(mask, torch.float32)
     assert _masks.additive(mask, torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_step_repeated_in_each_layer_is_the_concatenation(mixed, monkeypatch):
+    """What the first layer of a step decided holds in the others, for this mask and for prefixes like it only."""
+    from foreword import _step, attention
+
+    model = zoo.build("llama")
+    lengths = {"model.layers.0.self_attn": 3, "model.layers.1.self_attn": 5 if mixed else 3}
+    fw.attach(model, fw.Prefix.from_tensors(model, zoo.random_prefix(model, fw.sites(model), lengths)))
+    tokens, mask = zoo.ids(16, 40), torch.ones(16, 40, dtype=torch.long)
+    mask[::2, :7] = 0
+    common = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "output_logits": True,
+              "return_dict_in_generate": True}  # fmt: skip
+    with attention_path("concat"):
+        want = model.generate(tokens, **common)
+    monkeypatch.setattr(attention, "_forced", False)
+    found = []
+    monkeypatch.setattr(attention, "repeated", lambda *a: found.append(_step.repeated(*a)) or found[-1])
+    got = model.generate(tokens, **common)
+    assert sum(h is not None for h in found) == (0 if mixed else 5)  # the second layer of each step after the prompt
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -221,3 +223,14 @@ def test_boundary_fits_the_batch():
 
 def test_rules_are_plain():
     assert parse("first:3") == Visibility("window", 0, 3)
+
+
+def test_a_copy_of_the_model_has_its_own_boundary():
+    model = zoo.build("llama")
+    fw.attach(model, visible_prefix(model, "infix"))
+    other, tokens = copy.deepcopy(model), zoo.ids(2, 6)
+    want = model.generate(tokens, max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        for parameter in model.parameters():  # what the copy says doesn't come from here
+            parameter.zero_()
+    assert torch.equal(other.generate(tokens, max_new_tokens=4, do_sample=False), want)

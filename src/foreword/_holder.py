@@ -63,8 +63,8 @@ def require_detached(model: nn.Module) -> None:
     """Raise AttachError if the model has a prefix or a library on it."""
     if CHILD in model._modules or any(_interface.SLOT in m.__dict__ for m in model.modules()):
         raise AttachError(
-            "the model has a prefix attached already; call detach() on what attach returned, join the two prefixes "
-            "(Prefix.join), or hold several in a fw.Library"
+            "the model has a prefix attached already; call detach() on what attach returned, give attach a list of "
+            "what is to stand together, join two prefixes (Prefix.join), or hold several in a fw.Library"
         )
 
 

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import SimpleNamespace
+from functools import partial
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,25 +71,11 @@ class Queries:
         """Watch the model's calls."""
         self.handles.append(self.model.register_forward_pre_hook(self._read_labels, with_kwargs=True))
         for name in dict.fromkeys(self.stack_of.values()):
-            stack = self.model.get_submodule(name)
-
-            def read(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
-                self._read(name, module, args, kwargs)
-
-            self.handles.append(stack.register_forward_pre_hook(read, with_kwargs=True))
-        generate = getattr(self.model, "generate", None)
-        if generate is None:
-            return
-
-        def generate_from(*args: Any, **kwargs: Any) -> Any:
-            """``generate`` of the model, which tells an infix where the prompt ends."""
-            length = _prompt_length(args, kwargs)
-            if length is None or _BOUNDARY.get() is not None:
-                return generate(*args, **kwargs)
-            with boundary(length):
-                return generate(*args, **kwargs)
-
-        self.model.__dict__["generate"] = generate_from
+            # A partial and a bound method, not closures: a deep copy of the model then has its own.
+            read = partial(self._read, name)
+            self.handles.append(self.model.get_submodule(name).register_forward_pre_hook(read, with_kwargs=True))
+        if hasattr(self.model, "generate"):
+            self.model.__dict__["generate"] = MethodType(_generate, self.model)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -177,6 +164,15 @@ class Queries:
             return torch.where(outputs.any(1), first, labels.shape[1])[:, None]
         # A first call without labels reads the input; what follows on its cache is the output.
         return length if past == 0 or before is None else before.boundary
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of the model, which tells an infix where the prompt ends."""
+    length = _prompt_length(args, kwargs)
+    if length is None or _BOUNDARY.get() is not None:
+        return type(model).generate(model, *args, **kwargs)
+    with boundary(length):
+        return type(model).generate(model, *args, **kwargs)
 
 
 def _stack(model: PreTrainedModel, site: str) -> str:
