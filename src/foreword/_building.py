@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from foreword import methods
+from foreword import conditional, methods
 from foreword.config import PrefixConfig
-from foreword.encoders import Direct, Frozen, make_encoder
+from foreword.encoders import Direct, Frozen, PrefixEncoder, States, make_encoder
 from foreword.errors import ConfigError
 from foreword.fingerprint import Fingerprint
 from foreword.initializers import initial_states
@@ -138,6 +138,8 @@ def _put_on(tuning: Tuning, part: WeightPart, record: dict[str, Any], trainable:
 def _load_weights(tuning: Tuning, prefix: Prefix, example_inputs: Mapping[str, Any] | None, trainable: bool) -> None:
     for record in prefix.parts:
         method = str(record["method"])
+        if method == conditional.METHOD:  # not on the layers: it makes the keys and values
+            continue
         part = _part_of(tuning.model, record, example_inputs)
         _put_on(tuning, part, dict(record), trainable)
         start = f"{method}/"
@@ -198,8 +200,7 @@ def _load(tuning: Tuning, prefix: Prefix, trainable: bool) -> None:
     states = {s.name: (prefix.keys[s.name], prefix.values[s.name]) for s in prefix.sites if prefix.length(s.name)}
     tuning.metadata.update(prefix.metadata)
     if states:
-        encoder = Direct({n: (k.float(), v.float()) for n, (k, v) in states.items()}) if trainable else Frozen(states)
-        tuning.holder.encoder = encoder
+        tuning.holder.encoder = _loaded(prefix, states, trainable)
         tuning.position_offset = prefix.position_offset
         _set_visible(tuning, prefix.visible, states)
         tuning.load_gates(prefix, trainable)
@@ -207,6 +208,12 @@ def _load(tuning: Tuning, prefix: Prefix, trainable: bool) -> None:
     if prefix.memory:
         tuning.holder.memory = Memory.of(prefix.memory, trainable=trainable)
         tuning.recall = prefix.recall
+
+
+def _loaded(prefix: Prefix, states: States, trainable: bool) -> PrefixEncoder:
+    if conditional.part_of(prefix) is not None:
+        return conditional.encoder_of(prefix).requires_grad_(trainable)
+    return Direct({n: (k.float(), v.float()) for n, (k, v) in states.items()}) if trainable else Frozen(states)
 
 
 def _new_memory(tuning: Tuning, config: methods.MemoryConfig, sites: Sequence[Site]) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from foreword import _interface
+from foreword._given import Given, by_task
 from foreword._views import SitePrefix
 from foreword.errors import AttachError
 
@@ -29,6 +30,8 @@ class Passes:
         self.tuning = tuning
         self.views: dict[str, SitePrefix] | None = None
         self.made_from: tuple[int, ...] | None = None
+        self.made_of: torch.Tensor | None = None  # held, so that no other tensor takes its place in memory
+        self.given = Given()
         self.depth = 0
         self.handles: list[Any] = []
 
@@ -41,11 +44,15 @@ class Passes:
     def seen(self, name: str, prefix: SitePrefix, query: torch.Tensor) -> torch.Tensor | None:
         """Which queries of a site see the prefix; None: all."""
         assert self.tuning.queries is not None and prefix.seen_by is not None
-        return self.tuning.queries.seen(name, prefix.seen_by, prefix.rows, query)
+        return self.tuning.queries.seen(name, prefix.seen_by, None, query)  # one rule for all tasks
 
     def forget(self) -> None:
         """Something that the views were made of has changed."""
         self.views, self.made_from = None, None
+
+    def rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the encoder is given in this pass, and which of what it makes each row reads."""
+        return by_task(self.given.rows(self.tuning.encoder), self.tuning.encoder)
 
     def _built(self) -> dict[str, SitePrefix]:
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
@@ -56,7 +63,10 @@ class Passes:
 
     def install(self) -> None:
         model = self.tuning.model
-        if self.tuning.trainable:  # before the other hooks, so that each pass that fails in one of them is left again
+        asks = self.tuning.encoder.asks is not None
+        if asks:  # first of all: a pass begins with what it is given
+            self.handles.append(model.register_forward_pre_hook(self._take_given, with_kwargs=True))
+        if self.tuning.trainable or asks:  # before the other hooks, so that a pass that fails in one is left again
             for module in _models(model):
                 self.handles.append(module.register_forward_pre_hook(self._enter))
                 self.handles.append(module.register_forward_hook(self._leave, always_call=True))
@@ -78,6 +88,9 @@ class Passes:
                 "prefix out; detach, set it, and attach again"
             )
 
+    def _take_given(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, self.given.take(self.tuning.encoder, self.tuning.tasks, kwargs)
+
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.depth += 1
         if self.depth == 1:
@@ -85,6 +98,8 @@ class Passes:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.depth -= 1
+        if self.depth == 0:
+            self.given.told = None
 
     def _begin(self, module: nn.Module) -> None:
         if torch.is_grad_enabled():
@@ -94,9 +109,13 @@ class Passes:
             return
         # Generation calls the model once a token: the same parameters give the same prefix.
         dropping = self.tuning.encoder.training and self.tuning.encoder.dropout
-        versions = None if dropping else tuple(p._version for p in self.tuning.holder.parameters())
-        if versions is None or versions != self.made_from:
-            self.views, self.made_from = None, versions
+        given = self.given.now
+        versions = None
+        if not dropping and (given is None or not given.is_inference()):
+            versions = tuple(p._version for p in self.tuning.holder.parameters())
+            versions += (given._version,) if given is not None else ()
+        if versions is None or versions != self.made_from or given is not self.made_of:
+            self.views, self.made_from, self.made_of = None, versions, given
 
     def _move_text(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]

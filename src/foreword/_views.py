@@ -22,7 +22,7 @@ class SitePrefix:
 
     keys: Tensor  # (T, G, P, key_dim)
     values: Tensor  # (T, G, P, value_dim)
-    rows: Tensor | None = None  # (R,) the task of each row; B must be a multiple of R. None: T is 1
+    rows: Tensor | None = None  # (R,) the task of each row; B must be a multiple of R. None: T is 1, or one a row
     visible: Tensor | None = None  # (T, P) bool, False where a shorter task is padded. None: all
     bias: Tensor | None = None  # (H,) or (T, H), added to the prefix's log-sum-exp
     gate: Tensor | None = None  # (H,) or (T, H): if given, o1 + gate * o2 instead of one softmax
@@ -38,7 +38,8 @@ class SitePrefix:
     @property
     def plain(self) -> bool:
         """Whether there is nothing but keys and values, the same for all rows."""
-        return self.rows is None and self.bias is None and self.gate is None and self.reading is None
+        alone = self.rows is None and self.keys.shape[0] == 1
+        return alone and self.bias is None and self.gate is None and self.reading is None
 
     def for_batch(self, query: Tensor, seen: Tensor | None = None) -> BatchPrefix:
         """The same prefix in the query's dtype and device, one entry a row unless all rows share it.
@@ -56,6 +57,9 @@ class SitePrefix:
             rows = rows_of(rows, query)
             keys, values = keys[rows], values[rows]
             visible = visible.to(query.device)[rows] if visible is not None else None
+        elif len(keys) > 1 and len(keys) != query.shape[0]:
+            times = _times(len(keys), query, "prefixes were made")
+            keys, values = keys.repeat_interleave(times, 0), values.repeat_interleave(times, 0)
         gate = _by_query(self.gate, rows, query)
         if gate is not None:
             gate = gate.to(query.dtype)
@@ -96,13 +100,18 @@ def rows_of(rows: Tensor, query: Tensor) -> Tensor:
     Raises:
         AttachError: the batch isn't a multiple of the rows named.
     """
+    return rows.to(query.device).repeat_interleave(_times(len(rows), query, "tasks were named"))
+
+
+def _times(rows: int, query: Tensor, what: str) -> int:
+    """How often each row named stands in the batch."""
     batch = query.shape[0]
-    if batch % len(rows):
+    if batch % rows:
         raise AttachError(
-            f"the batch has {batch} rows but {len(rows)} tasks were named; name one task a row "
+            f"the batch has {batch} rows but {rows} {what}; name one a row "
             "(beams and return sequences are multiplied for you)"
         )
-    return rows.to(query.device).repeat_interleave(batch // len(rows))
+    return batch // rows
 
 
 def _by_query(weights: Tensor | None, rows: Tensor | None, query: Tensor) -> Tensor | None:
@@ -124,7 +133,8 @@ def _read_off(reading: Tensor, rows: Tensor | None, query: Tensor) -> Tensor:
     """
     reading = reading.to(query)
     reading = reading if reading.dim() == 3 else reading[None]
-    offset = reading[..., -1:, None] if rows is None else reading[rows][..., -1:, None]  # (B|1, H, 1, 1)
+    own = reading if rows is None or len(reading) == 1 else reading[rows]
+    offset = own[..., -1:, None]  # (B|1, H, 1, 1)
     scores = by_head(query, reading[..., :-1, None], rows) + offset
     return torch.nn.functional.logsigmoid(scores) + math.log(2)
 

@@ -20,6 +20,7 @@ _CHOICES = {
     "reparam": ("direct", "mlp", "low-rank"),
     "gate": (None, "head", "zero", "input"),
     "head": (None, "sequence", "token", "question", "choice"),
+    "share": (None, "layers", "keys"),
 }
 
 
@@ -37,7 +38,7 @@ class PrefixConfig:
         length: virtual tokens at each site; None: as many as the text of ``init`` has.
         init: a text whose keys and values the prefix starts from (the best start by far); ``"words:good film"``
             for words each read on its own; ``"random"``, scaled to the model's own keys and values; None for a
-            general task text.
+            general task text. With ``tasks``, a mapping from each of them to a start of its own as well.
         repeat: whether an ``init`` text shorter than ``length`` is repeated (it is refused otherwise).
         reparam: what is trained: ``"direct"`` the keys and values, ``"mlp"`` an MLP that makes them (the paper's,
             with ``init="random"``; from a text, the MLP adds to it and starts at zero), ``"low-rank"`` a product
@@ -62,12 +63,17 @@ class PrefixConfig:
         position_offset: position that the text starts at. 0 keeps the base model's positions.
         head: train the model's own head as well and save it with the prefix (P-Tuning v2): ``"sequence"``,
             ``"token"``, ``"question"`` or ``"choice"``, which must be what the model has.
+        tasks: names, for a prefix each in one run; each row of a batch says its own: ``model(..., task=[...])``.
+        condition: numbers in a vector that each row's prefix is made from: ``model(..., condition=(B, C))``. Needs
+            ``reparam="mlp"``.
+        share: None; ``"layers"``: one MLP makes each site's keys and values, told which (for ``reparam="mlp"``);
+            ``"keys"``: ``tasks`` share their keys and have values of their own (for ``reparam="direct"``).
         learning_rate: of this part; None: the trainer's, or what is usual for the reparameterisation.
         seed: of the initialisation.
     """
 
     length: int | None = 20
-    init: str | None = None
+    init: str | Mapping[str, str] | None = None
     repeat: bool = False
     reparam: Literal["direct", "mlp", "low-rank"] = "direct"
     depth: int = 2
@@ -84,11 +90,17 @@ class PrefixConfig:
     freeze_first: bool = False
     position_offset: int = 0
     head: Literal["sequence", "token", "question", "choice"] | None = None
+    tasks: Sequence[str] = ()
+    condition: int | None = None
+    share: Literal["layers", "keys"] | None = None
     learning_rate: float | None = None
     seed: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kinds", tuple(self.kinds))  # JSON gives a list
+        for name in ("kinds", "tasks"):
+            if isinstance(value := getattr(self, name), str):
+                raise ConfigError(f"{name}={value!r} is one text; expected a list, e.g. {name}=({value!r},)")
+            object.__setattr__(self, name, tuple(value))  # JSON gives a list
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ConfigError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}")
@@ -105,15 +117,20 @@ class PrefixConfig:
             raise ConfigError(f"strength={self.strength}; expected 0 (no prefix) or a positive factor")
         check_learning_rate(self.learning_rate)
         parse(self.visible)
-        self._check_init()
+        for init in self.init.values() if isinstance(self.init, Mapping) else [self.init]:
+            self._check_init(init)
+        self._check_lengths()
+        self._check_given()
 
-    def _check_init(self) -> None:
-        if self.init is not None and not self.init.strip():
+    def _check_init(self, init: str | None) -> None:
+        if init is not None and not init.strip():
             raise ConfigError('init is an empty text; write a few words about the task, or use init="random"')
-        if (self.init or "").startswith("words:") and not (self.init or "")[6:].split():
+        if (init or "").startswith("words:") and not (init or "")[6:].split():
             raise ConfigError('init="words:" names no word; write e.g. init="words:film review praise"')
-        if self.length is None and (self.init is None or self.init == "random"):
+        if self.length is None and (init is None or init == "random"):
             raise ConfigError("length=None takes the length of the init text; give a text, or a length")
+
+    def _check_lengths(self) -> None:
         for pattern, length in (self.lengths or {}).items():
             try:
                 re.compile(pattern)
@@ -121,6 +138,33 @@ class PrefixConfig:
                 raise ConfigError(f"lengths has {pattern!r}, which is not a regular expression: {exc}") from None
             if length < 0:
                 raise ConfigError(f"lengths[{pattern!r}]={length}; expected 0 (no prefix there) or more")
+
+    def _check_given(self) -> None:
+        """What rows are given (tasks, conditions), and what encoders share."""
+        for name in self.tasks:
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ConfigError(f"the task name {name!r} can't name a folder; use letters, digits, _ . and -")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"tasks={self.tasks!r} names a task twice; expected different names")
+        if isinstance(self.init, Mapping) and set(self.init) != set(self.tasks):
+            raise ConfigError(
+                f"init names {sorted(self.init)} and tasks {sorted(self.tasks)}; expected a start for each task"
+            )
+        if self.share == "keys" and not (self.tasks and self.reparam == "direct"):
+            raise ConfigError('share="keys" is for several tasks with reparam="direct"; name them: tasks=("a", "b")')
+        if self.share == "layers" and self.reparam != "mlp":
+            raise ConfigError('share="layers" shares an MLP; use reparam="mlp" with it')
+        if self.condition is None:
+            return
+        if self.condition < 1:
+            raise ConfigError(f"condition={self.condition}; expected how many numbers a condition vector has")
+        if self.tasks:
+            raise ConfigError("tasks and condition can't be used together; make the task a part of the vector")
+        if self.reparam != "mlp" or self.depth < 2:
+            raise ConfigError(
+                f"condition={self.condition} needs an MLP of 2 or 3 layers that reads the vector (of 1, all tokens "
+                'would move alike); use reparam="mlp"'
+            )
 
     def site_lengths(self, chosen: Sequence[Site], length: int) -> dict[str, int]:
         """Virtual tokens at each site, sites of length 0 left out.
@@ -147,7 +191,7 @@ class PrefixConfig:
     def to_json(self) -> dict[str, Any]:
         """As JSON can hold it; ``PrefixConfig(**...)`` reads it back."""
         record = asdict(self)
-        record["kinds"] = list(self.kinds)
+        record["kinds"], record["tasks"] = list(self.kinds), list(self.tasks)
         if callable(self.visible):
             record["visible"] = "function"
         if self.sites is not None and not isinstance(self.sites, str):

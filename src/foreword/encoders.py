@@ -2,12 +2,15 @@
 
 An encoder is a module whose ``forward()`` gives every site's keys and values, once a forward pass of the model and
 not once a row. ``bake`` keeps what it gives and throws the encoder away.
+
+Some are *given* something first: which tasks a batch is of (each has its own prefix, over what they share), or a
+condition vector a row, from which that row's prefix is made. Then a dimension stands in front of all they give.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,96 +19,122 @@ from foreword.config import PrefixConfig
 from foreword.errors import ConfigError
 from foreword.sites import Site
 
-States = dict[str, tuple[Tensor, Tensor]]  # by site: keys (G, P, key_dim), values (G, P, value_dim)
+# By site: keys (G, P, key_dim), values (G, P, value_dim); with a dimension in front for tasks or rows.
+States = dict[str, tuple[Tensor, Tensor]]
+Start = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class PrefixEncoder(nn.Module):
     """Base of the encoders: subclasses write ``encode``; the frozen first token and dropout are here.
 
     Args:
-        start: keys and values to start from, by site name.
+        start: keys and values to start from, by site name; ``(T, G, P, dim)`` for T tasks.
         freeze_first: whether the first token of each site stays as it starts.
         dropout: probability of dropping a number of the prefix in training.
+
+    Attributes:
+        asks: what ``forward`` must be given: ``"task"``, numbers ``(T',)`` of the tasks wanted, which then stand in
+            front of all shapes; ``"condition"``, ``(R, C)`` vectors, likewise; None: nothing.
     """
 
-    def __init__(self, start: Mapping[str, tuple[Tensor, Tensor]], *, freeze_first: bool, dropout: float) -> None:
+    asks: Literal["task", "condition"] | None = None
+    condition: int | None = None  # numbers in a condition vector
+
+    def __init__(self, start: Start, *, freeze_first: bool, dropout: float) -> None:
         super().__init__()
         self.names = list(start)
+        self.longest = max((k.shape[-2] for k, _ in start.values()), default=0)
         self.freeze_first = freeze_first
         self.dropout = dropout
+        if any(v.dim() == 4 for _, v in start.values()):
+            self.asks = "task"
         if freeze_first:
             for i, (keys, values) in enumerate(start.values()):
-                self.register_buffer(f"first_keys_{i}", keys[:, :1].clone())
-                self.register_buffer(f"first_values_{i}", values[:, :1].clone())
+                self.register_buffer(f"first_keys_{i}", keys[..., :1, :].clone())
+                self.register_buffer(f"first_values_{i}", values[..., :1, :].clone())
 
-    def encode(self) -> list[tuple[Tensor, Tensor]]:
+    def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each site of ``names``, without the frozen first token."""
         raise NotImplementedError
 
-    def forward(self) -> States:
-        states = self.encode()
+    def forward(self, given: Tensor | None = None) -> States:
+        states = self.encode(given)
         if self.dropout and self.training:
             drop = nn.functional.dropout
             states = [(drop(k, self.dropout), drop(v, self.dropout)) for k, v in states]
         if self.freeze_first:
             states = [
-                (self._with_first("keys", i, k), self._with_first("values", i, v)) for i, (k, v) in enumerate(states)
+                (self._with_first(f"first_keys_{i}", k, given), self._with_first(f"first_values_{i}", v, given))
+                for i, (k, v) in enumerate(states)
             ]
         return dict(zip(self.names, states, strict=True))
 
-    def _with_first(self, kind: str, i: int, rest: Tensor) -> Tensor:
-        return torch.cat([getattr(self, f"first_{kind}_{i}"), rest], dim=1)
+    def of_tasks(self, tensor: Tensor, given: Tensor | None) -> Tensor:
+        """``(T, ...)`` -> the tasks given; anything else is for all of them."""
+        return tensor[given] if self.asks == "task" else tensor
 
-    def _trained(self, start: Mapping[str, tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def _with_first(self, buffer: str, rest: Tensor, given: Tensor | None) -> Tensor:
+        first = self.of_tasks(getattr(self, buffer), given)
+        return torch.cat([first.expand(*rest.shape[:-2], -1, -1), rest], dim=-2)
+
+    def _trained(self, start: Start) -> list[tuple[Tensor, Tensor]]:
         """The part of the start that is trained, as copies."""
         first = 1 if self.freeze_first else 0
-        return [(k[:, first:].clone(), v[:, first:].clone()) for k, v in start.values()]
+        return [(k[..., first:, :].clone(), v[..., first:, :].clone()) for k, v in start.values()]
 
 
 class Frozen(PrefixEncoder):
     """A baked prefix: buffers that follow the model's device and dtype and stay out of its state dict."""
 
-    def __init__(self, states: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, states: Start) -> None:
         super().__init__(states, freeze_first=False, dropout=0.0)
         for i, (keys, values) in enumerate(states.values()):
             self.register_buffer(f"keys_{i}", keys.detach(), persistent=False)
             self.register_buffer(f"values_{i}", values.detach(), persistent=False)
 
-    def encode(self) -> list[tuple[Tensor, Tensor]]:
+    def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         return [(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i in range(len(self.names))]
 
 
 class Direct(PrefixEncoder):
-    """The keys and values themselves: ``sum over sites of length * kv_heads * (key_dim + value_dim)`` numbers."""
+    """The keys and values themselves: ``sum over sites of length * kv_heads * (key_dim + value_dim)`` numbers.
+
+    With tasks, each has its own; ``share_keys`` gives all the keys of the first, so that they differ in values only.
+    """
 
     def __init__(
-        self, start: Mapping[str, tuple[Tensor, Tensor]], *, freeze_first: bool = False, dropout: float = 0.0
+        self, start: Start, *, freeze_first: bool = False, dropout: float = 0.0, share_keys: bool = False
     ) -> None:
+        if share_keys:
+            start = {n: (k[:1], v) for n, (k, v) in start.items()}
         super().__init__(start, freeze_first=freeze_first, dropout=dropout)
         trained = self._trained(start)
+        self.share_keys = share_keys
         self.keys = nn.ParameterList([k for k, _ in trained])
         self.values = nn.ParameterList([v for _, v in trained])
 
-    def encode(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.keys, self.values, strict=True))
+    def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        values = [self.of_tasks(v, given) for v in self.values]
+        if self.share_keys:
+            return [(k.expand(len(v), -1, -1, -1), v) for k, v in zip(self.keys, values, strict=True)]
+        return list(zip([self.of_tasks(k, given) for k in self.keys], values, strict=True))
+
+    def _with_first(self, buffer: str, rest: Tensor, given: Tensor | None) -> Tensor:
+        if self.share_keys and buffer.startswith("first_keys"):
+            given = torch.zeros_like(given) if given is not None else None
+        return super()._with_first(buffer, rest, given)
 
 
 class _Produced(PrefixEncoder):
     """Encoders that make one long row a token, cut into the sites' keys and values, and may add it to a start."""
 
-    def __init__(
-        self,
-        start: Mapping[str, tuple[Tensor, Tensor]],
-        *,
-        freeze_first: bool,
-        dropout: float,
-        residual: bool,
-    ) -> None:
+    def __init__(self, start: Start, *, freeze_first: bool, dropout: float, residual: bool) -> None:
         super().__init__(start, freeze_first=freeze_first, dropout=dropout)
         trained = self._trained(start)
         self.residual = residual
-        self.shapes = [(k.shape, v.shape) for k, v in trained]
-        self.length = max(k.shape[1] for k, _ in trained)
+        self.tasks = trained[0][0].shape[:-3]  # (T,), or () without tasks
+        self.shapes = [(k.shape[-3:], v.shape[-3:]) for k, v in trained]
+        self.length = max(k.shape[-2] for k, _ in trained)
         if residual:
             for i, (keys, values) in enumerate(trained):
                 self.register_buffer(f"start_keys_{i}", keys)
@@ -115,18 +144,18 @@ class _Produced(PrefixEncoder):
         """How many numbers a token has at each of the sites."""
         return [self.shapes[i][j][0] * self.shapes[i][j][2] for i in indices for j in (0, 1)]
 
-    def cut(self, rows: Tensor, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """``(length, sum of widths)`` -> keys and values of each site, ``(G, P, dim)``."""
-        parts = rows.split(self.widths(indices), dim=1)
+    def cut(self, rows: Tensor, indices: Sequence[int], given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """``(..., length, sum of widths)`` -> keys and values of each site, ``(..., G, P, dim)``."""
+        parts = rows.split(self.widths(indices), dim=-1)
         states = []
         for n, i in enumerate(indices):
             pair = []
             for part, (heads, length, dim) in zip(parts[2 * n : 2 * n + 2], self.shapes[i], strict=True):
-                pair.append(part[:length].unflatten(1, (heads, dim)).transpose(0, 1))
+                pair.append(part[..., :length, :].unflatten(-1, (heads, dim)).transpose(-3, -2))
             keys, values = pair
             if self.residual:
-                keys = keys + getattr(self, f"start_keys_{i}")
-                values = values + getattr(self, f"start_values_{i}")
+                keys = keys + self.of_tasks(getattr(self, f"start_keys_{i}"), given)
+                values = values + self.of_tasks(getattr(self, f"start_values_{i}"), given)
             states.append((keys, values))
         return states
 
@@ -136,14 +165,18 @@ class MLP(_Produced):
 
     With two layers and a random start this is the paper's ``P[i] = MLP(P'[i])`` (Li & Liang 2021, section 4.3).
     With another start its last layer begins at zero and adds to it, so training begins at that start exactly.
+    Tasks have vectors of their own and one MLP.
 
     Args:
         groups: indices of the sites that share an MLP.
+        share_layers: whether the MLP makes one site's keys and values, told which by a trained vector a site:
+            ``P[l, i] = MLP(P'[i] + L[l])``, instead of all sites' at once.
+        condition: numbers in a condition vector c; then ``P[i] = MLP(P'[i] + W c)``.
     """
 
     def __init__(
         self,
-        start: Mapping[str, tuple[Tensor, Tensor]],
+        start: Start,
         groups: Sequence[Sequence[int]],
         *,
         depth: int = 2,
@@ -151,63 +184,102 @@ class MLP(_Produced):
         residual: bool = True,
         freeze_first: bool = False,
         dropout: float = 0.0,
+        share_layers: bool = False,
+        condition: int | None = None,
     ) -> None:
         super().__init__(start, freeze_first=freeze_first, dropout=dropout, residual=residual)
         self.groups = [list(g) for g in groups]
-        self.embeddings = nn.ParameterList()
+        self.condition = condition
+        if condition is not None:
+            self.asks = "condition"
+            self.read = nn.Linear(condition, hidden, bias=False)
+        self.embeddings, self.layers = nn.ParameterList(), nn.ParameterList()
         self.nets = nn.ModuleList()
         for group in self.groups:
             length = max(self.shapes[i][0][1] for i in group)
-            self.embeddings.append(nn.Parameter(torch.randn(length, hidden)))
+            self.embeddings.append(nn.Parameter(torch.randn(*self.tasks, length, hidden)))
+            made = self._made_at_once(group, share_layers)
+            if share_layers:
+                self.layers.append(nn.Parameter(torch.randn(len(group), hidden)))
             layers: list[nn.Module] = []
             for _ in range(depth - 1):
                 layers += [nn.Linear(hidden, hidden), nn.Tanh()]
-            last = nn.Linear(hidden, sum(self.widths(group)))
+            last = nn.Linear(hidden, sum(self.widths(made)))
             if residual:
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)
             self.nets.append(nn.Sequential(*layers, last))
 
-    def encode(self) -> list[tuple[Tensor, Tensor]]:
+    def _made_at_once(self, group: list[int], share_layers: bool) -> list[int]:
+        """The sites that a row of the MLP's output is for."""
+        if not share_layers:
+            return group
+        if odd := next((i for i in group if self.widths([i]) != self.widths(group[:1])), None):
+            raise ConfigError(
+                f'share="layers" makes all sites by one MLP, and {self.names[odd]} differs in heads or dimensions from '
+                f"{self.names[group[0]]}; choose sites that are alike (sites=, kinds=), or leave share out"
+            )
+        return group[:1]
+
+    def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         states: dict[int, tuple[Tensor, Tensor]] = {}
-        for group, embedding, net in zip(self.groups, self.embeddings, self.nets, strict=True):
-            states.update(zip(group, self.cut(net(embedding), group), strict=True))
+        for n, (group, embedding, net) in enumerate(zip(self.groups, self.embeddings, self.nets, strict=True)):
+            rows = self.of_tasks(embedding, given)  # (..., P, hidden)
+            if self.condition is not None:
+                assert given is not None
+                rows = rows + self.read(given.to(embedding)).unsqueeze(-2)  # (R, P, hidden)
+            if not self.layers:
+                states.update(zip(group, self.cut(net(rows), group, given), strict=True))
+                continue
+            each = self.layers[n].view(len(group), *[1] * (rows.dim() - 1), -1) + rows  # (L, ..., P, hidden)
+            for i, made in zip(group, net(each).unbind(0), strict=True):
+                states[i] = self.cut(made, [i], given)[0]
         return [states[i] for i in range(len(self.names))]
+
+    def start(self) -> States:
+        """What the MLP adds to, with the frozen first token; zeros where it adds to nothing."""
+        found: States = {}
+        for i, name in enumerate(self.names):
+            pair = []
+            for kind, shape in zip(("keys", "values"), self.shapes[i], strict=True):
+                rest = getattr(self, f"start_{kind}_{i}") if self.residual else self.embeddings[0].new_zeros(shape)
+                pair.append(self._with_first(f"first_{kind}_{i}", rest, None) if self.freeze_first else rest)
+            found[name] = (pair[0].detach().clone(), pair[1].detach().clone())
+        return found
 
 
 class LowRank(_Produced):
-    """A change of rank k to the start: ``start + P' W_up``, P' ``(length, k)``, W_up ``(k, all sites)`` from 0."""
+    """A change of rank k to the start: ``start + P' W_up``, P' ``(length, k)``, W_up ``(k, all sites)`` from 0.
 
-    def __init__(
-        self,
-        start: Mapping[str, tuple[Tensor, Tensor]],
-        *,
-        rank: int = 8,
-        freeze_first: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
+    Tasks have a P' each and share W_up.
+    """
+
+    def __init__(self, start: Start, *, rank: int = 8, freeze_first: bool = False, dropout: float = 0.0) -> None:
         super().__init__(start, freeze_first=freeze_first, dropout=dropout, residual=True)
-        self.tokens = nn.Parameter(torch.randn(self.length, rank))
+        self.tokens = nn.Parameter(torch.randn(*self.tasks, self.length, rank))
         self.up = nn.Parameter(torch.zeros(rank, sum(self.widths(range(len(self.names))))))
 
-    def encode(self) -> list[tuple[Tensor, Tensor]]:
-        return self.cut(self.tokens @ self.up, range(len(self.names)))
+    def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        return self.cut(self.of_tasks(self.tokens, given) @ self.up, range(len(self.names)), given)
 
 
 def make_encoder(
-    config: PrefixConfig, start: Mapping[str, tuple[Tensor, Tensor]], sites: Sequence[Site]
+    config: PrefixConfig, start: Start, sites: Sequence[Site], *, residual: bool | None = None
 ) -> PrefixEncoder:
     """The encoder that a configuration asks for, beginning at ``start``.
 
+    Args:
+        residual: whether an MLP adds to the start; None: unless the start is random.
+
     Raises:
-        ConfigError: the first token is to be frozen and there is no other.
+        ConfigError: the first token is to be frozen and there is no other, or the sites can't share an MLP.
     """
-    shortest = min(k.shape[1] for k, _ in start.values())
+    shortest = min(k.shape[-2] for k, _ in start.values())
     if config.freeze_first and shortest < 2:
         raise ConfigError(f"freeze_first with a site of {shortest} token leaves nothing to train; use length 2 or more")
     shared: dict[str, Any] = {"freeze_first": config.freeze_first, "dropout": config.dropout}
     if config.reparam == "direct":
-        return Direct(start, **shared)
+        return Direct(start, share_keys=config.share == "keys", **shared)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.reparam == "low-rank":
@@ -218,5 +290,13 @@ def make_encoder(
         if config.per_kind:
             present = sorted({kinds[n] for n in order})
             groups = [[i for i, n in enumerate(order) if kinds[n] == kind] for kind in present]
-        residual = config.init != "random"
-        return MLP(start, groups, depth=config.depth, hidden=config.hidden, residual=residual, **shared)
+        return MLP(
+            start,
+            groups,
+            depth=config.depth,
+            hidden=config.hidden,
+            residual=config.init != "random" if residual is None else residual,
+            share_layers=config.share == "layers",
+            condition=config.condition,
+            **shared,
+        )

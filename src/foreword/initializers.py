@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,9 +36,14 @@ def initial_states(
 ) -> States:
     """Keys ``(G, P, key_dim)`` and values ``(G, P, value_dim)`` of each site to start from, float32.
 
+    With tasks, their starts stand one before the other: ``(T, G, P, dim)``.
+
     Raises:
         ConfigError: a text without a tokenizer, or one that is shorter than ``length``.
     """
+    if config.tasks:
+        return _of_tasks(config, model, tokenizer, chosen, rotations, example_inputs)
+    assert not isinstance(config.init, Mapping)
     if config.init == "random":
         assert config.length is not None
         lengths = config.site_lengths(chosen, config.length)
@@ -59,6 +65,23 @@ def initial_states(
     made = next(iter(states.values()))[0].shape[1]
     lengths = config.site_lengths(chosen, config.length or made)
     return {n: (states[n][0][:, :p].clone(), states[n][1][:, :p].clone()) for n, p in lengths.items()}
+
+
+def _of_tasks(config: PrefixConfig, model: PreTrainedModel, *rest: Any) -> States:
+    each = []
+    for i, task in enumerate(config.tasks):
+        init = config.init[task] if isinstance(config.init, Mapping) else config.init
+        own = replace(config, tasks=(), share=None, init=init, seed=config.seed + i)
+        each.append(initial_states(own, model, *rest))
+    lengths = [next(iter(states.values()))[0].shape[1] for states in each]
+    if len(set(lengths)) > 1:
+        said = ", ".join(f"{task} {n}" for task, n in zip(config.tasks, lengths, strict=True))
+        raise ConfigError(
+            f"the tasks' texts have different lengths ({said} tokens); give one for all: length={min(lengths)}"
+        )
+    return {
+        name: (torch.stack([s[name][0] for s in each]), torch.stack([s[name][1] for s in each])) for name in each[0]
+    }
 
 
 def text_states(

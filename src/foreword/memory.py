@@ -64,11 +64,11 @@ def by_head(states: Tensor, matrices: Tensor, rows: Tensor | None) -> Tensor:
     """Each head's states by its matrix: ``(B, H, S, D)`` by ``(T, H, D, E)`` -> ``(B, H, S, E)``.
 
     Args:
-        rows: ``(R,)`` the task of each row, or None when there is one: then it is one product a head, and one for the
+        rows: ``(R,)`` the task of each row. When there is one for all it is one product a head, and one for the
             matrix's gradient.
     """
     batch, heads, length, dim = states.shape
-    if rows is not None:
+    if rows is not None and len(matrices) > 1:
         return states @ matrices[rows.to(states.device).repeat_interleave(batch // len(rows))]
     folded = states.transpose(0, 1).reshape(heads, batch * length, dim) @ matrices[0]
     return folded.view(heads, batch, length, -1).transpose(0, 1)

@@ -170,6 +170,23 @@ class Prefix:
 
         return load(Path(folder))
 
+    def given(self, condition: Any) -> Prefix:
+        """The plain prefix that a conditional one (``PrefixConfig(condition=C)``) makes of one vector ``(C,)``.
+
+        Raises:
+            ConfigError: this prefix is the same for all, or the vector is of another size.
+        """
+        from foreword.conditional import given, part_of
+
+        if part_of(self) is None:
+            raise ConfigError("this prefix is the same for all rows, so it is given nothing")
+        return given(self, condition)
+
+    def _check_whole(self, doing: str) -> None:
+        """Raise ConfigError for a prefix that is still to be made of a condition."""
+        if any(p["method"] == "condition" for p in self.parts):
+            raise ConfigError(f"a prefix that depends on a condition can't be {doing}; make a plain one: given(vector)")
+
     def save(self, folder: str | Path, *, overwrite: bool = True) -> Path:
         """Write ``prefix.safetensors``, ``foreword.json`` and ``README.md``, all of them or none.
 
@@ -245,6 +262,7 @@ class Prefix:
         Raises:
             ConfigError: nothing is left anywhere.
         """
+        self._check_whole("sliced")
         keys = {n: k[:, start:stop] for n, k in self.keys.items()}
         if all(k.shape[1] == 0 for k in keys.values()):
             raise ConfigError(f"slice({start}, {stop}) leaves no virtual token of {self.longest}")
@@ -256,6 +274,8 @@ class Prefix:
         Raises:
             MismatchError: different sites, positions, or gates.
         """
+        for prefix in (self, other):
+            prefix._check_whole("joined")
         if list(self.keys) != list(other.keys):
             raise MismatchError("the two prefixes stand at different attention sites; join needs the same ones")
         if self.position_offset != other.position_offset:
@@ -292,6 +312,7 @@ class Prefix:
         """
         if positions == 0:
             return self
+        self._check_whole("shifted")
         offset = self.position_offset + positions
         if offset < 0:
             raise MismatchError(f"shift({positions}) would have the text start at {offset}; the least is 0")

@@ -43,13 +43,14 @@ class Prompt(PrefixEncoder):
     ) -> None:
         super().__init__({}, freeze_first=False, dropout=0.0)
         self.names = [s.name for s in sites]
+        self.longest = len(embeddings)
         self.embeddings = nn.Parameter(embeddings)
         # Not as a submodule: the model holds this encoder, and would hold itself.
         self.__dict__["model"] = model
         self.rotations = dict(rotations)
         self.position_offset = position_offset
 
-    def encode(self) -> list[tuple[Tensor, Tensor]]:
+    def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         model: PreTrainedModel = self.__dict__["model"]
         backbone: Any = getattr(model, model.base_model_prefix, model)
         length = self.embeddings.shape[0]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foreword import _interface
+from foreword._given import Task
 from foreword._holder import CHILD, PrefixHolder, SiteSlot, require_detached, tuning_of
 from foreword._passes import Passes
 from foreword._queries import Queries
@@ -109,6 +112,11 @@ class Tuning:
         self._flags: dict[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
 
     @property
+    def tasks(self) -> Sequence[str]:
+        """The names of the tasks that are trained together; empty for one prefix."""
+        return self.config.tasks if isinstance(self.config, PrefixConfig) else ()
+
+    @property
     def encoder(self) -> PrefixEncoder:
         """What makes the keys and values."""
         return self.holder.encoder
@@ -132,6 +140,28 @@ class Tuning:
             raise ConfigError(f"strength={value}; expected 0 (no prefix) or a positive factor")
         self._strength = float(value)
         self._passes.forget()
+
+    @contextmanager
+    def given(self, *, condition: Any = None, task: Task | None = None) -> Iterator[None]:
+        """Inside the block, what the prefix of each row is made from (``generate`` needs it; a call can be told).
+
+        Args:
+            condition: vectors ``(B, C)``, or one ``(C,)`` for all rows, for ``PrefixConfig(condition=C)``.
+            task: names (or numbers) one a row, or one for all, for ``PrefixConfig(tasks=...)``.
+
+        Raises:
+            ConfigError: not what this prefix asks for.
+        """
+        given, before = self._passes.given, self._passes.given.inside
+        given.inside = self.read_given(condition=condition, task=task)
+        try:
+            yield
+        finally:
+            given.inside = before  # a backward that is still to come has its views
+
+    def read_given(self, *, condition: Any = None, task: Task | None = None) -> Tensor:
+        """Condition vectors ``(R, C)`` or numbers of tasks ``(R,)``, checked."""
+        return self._passes.given.read(self.encoder, self.tasks, condition, task)
 
     @cached_property
     def rotations(self) -> dict[str, Rotation]:
@@ -172,13 +202,20 @@ class Tuning:
             groups.append((own, config.learning_rate or usual))
         if not self.configs:
             everything = [*main, *([holder.memory] if holder.memory is not None else []), holder.weights]
-            groups.append((everything, learning_rate or LEARNING_RATES["direct"]))
+            groups.append((everything, learning_rate or self.usual_learning_rate))
         elif "head" in holder.weights:
             groups.append(([holder.weights["head"]], LEARNING_RATES["head"]))
         found = [
             {"params": [p for m in own for p in m.parameters() if p.requires_grad], "lr": rate} for own, rate in groups
         ]
         return [g for g in found if g["params"]]
+
+    @property
+    def usual_learning_rate(self) -> float:
+        """What the first method is usually trained with."""
+        if self.configs:
+            return usual_learning_rate(self.configs[0])
+        return LEARNING_RATES["mlp" if self.encoder.asks == "condition" else "direct"]
 
     def add_gates(self, kind: str, sites: Sequence[Site]) -> None:
         """Learned weights per head: ``"head"`` and ``"input"`` from 1, ``"zero"`` from a closed gate."""
@@ -210,27 +247,29 @@ class Tuning:
         """Every site's keys and values for one forward pass; the encoder runs here, once."""
         if self._strength == 0:
             return {}
-        states = self.encoder()
+        given, rows = self._passes.rows()
+        states = self.encoder(given)
         memory = self.holder.memory.factors() if self.holder.memory is not None else {}
         seen_by = (self.visible,) if self.visible.kind != "all" else None
         views = {}
         for i, site in enumerate(self.sites):
-            keys, values = states[site.name] if site.name in states else self._nothing(site)
+            keys, values = states[site.name] if site.name in states else self.nothing_at(site)
             views[site.name] = SitePrefix(
-                keys.unsqueeze(0),
-                values.unsqueeze(0),
-                bias=self._bias(i, self._strength),
-                gate=self._gate(i, self._strength),
-                reading=self._reading(i),
+                keys if keys.dim() == 4 else keys.unsqueeze(0),
+                values if values.dim() == 4 else values.unsqueeze(0),
+                rows,
+                bias=self.bias_at(i, self._strength),
+                gate=self.gate_at(i, self._strength),
+                reading=self.reading_at(i),
                 seen_by=seen_by if keys.shape[-2] else None,
                 memory=self._memory(site, memory),
             )
         return views
 
-    def _reading(self, i: int) -> Tensor | None:
+    def reading_at(self, i: int) -> Tensor | None:
         return self.holder.reading[str(i)] if str(i) in self.holder.reading else None  # noqa: SIM401
 
-    def _nothing(self, site: Site) -> tuple[Tensor, Tensor]:
+    def nothing_at(self, site: Site) -> tuple[Tensor, Tensor]:
         """Keys and values of length 0, for a site with a memory only."""
         device = next(self.holder.parameters()).device
         shapes = ((site.kv_heads, 0, site.key_dim), (site.kv_heads, 0, site.value_dim))
@@ -246,7 +285,7 @@ class Tuning:
         upper = up.unsqueeze(0) if up is not None else None
         return SiteMemory(matrix.unsqueeze(0), upper, self.recall.activation, rotation)
 
-    def _bias(self, i: int, strength: float) -> Tensor | None:
+    def bias_at(self, i: int, strength: float) -> Tensor | None:
         """The learned weight and the strength of a site, as a bias on the log-sum-exp."""
         name = str(i)
         learned: Tensor | None = self.holder.bias[name] if name in self.holder.bias else None  # noqa: SIM401
@@ -257,7 +296,7 @@ class Tuning:
             return torch.full((self.sites[i].heads,), math.log(strength), device=device)
         return learned + math.log(strength)
 
-    def _gate(self, i: int, strength: float) -> Tensor | None:
+    def gate_at(self, i: int, strength: float) -> Tensor | None:
         if str(i) not in self.holder.gate:
             return None
         gate: Tensor = self.holder.gate[str(i)]
@@ -266,45 +305,30 @@ class Tuning:
     # ---------------------------------------------------------------- baking and detaching
 
     @torch.no_grad()
-    def bake(self) -> Prefix:
+    def bake(self, *, condition: Any = None, task: str | None = None) -> Prefix:
         """The prefix as it stands, without what made it: an MLP never runs again.
 
         A strength other than 1 becomes part of it (0 would leave nothing, and is left out).
+
+        Args:
+            condition: the vector ``(C,)`` of a conditional prefix to make a plain one of. None: its encoder is kept,
+                and ``Prefix.given`` makes plain ones of it.
+            task: which of the tasks that are trained together.
+
+        Raises:
+            ConfigError: the prefix has several tasks and none is named, or isn't given anything.
         """
-        training = self.encoder.training
-        self.encoder.eval()
-        try:
-            states = self.encoder()
-        finally:
-            self.encoder.train(training)
-        metadata = dict(self.metadata)
-        if self.configs:
-            metadata["config"] = self.configs[0].to_json()
-            metadata["configs"] = [c.to_json() for c in self.configs]
-        strength = self._strength or 1.0
-        gates = {s.name: g.clone() for i, s in enumerate(self.sites) if (g := self._gate(i, strength)) is not None}
-        bias = {s.name: b.clone() for i, s in enumerate(self.sites) if (b := self._bias(i, strength)) is not None}
-        memory = self.holder.memory.baked() if self.holder.memory is not None else {}
-        for site in self.sites:
-            states.setdefault(site.name, self._nothing(site) if site.name in memory else states.get(site.name))
-        return Prefix(
-            {s.name: states[s.name][0].detach().clone() for s in self.sites},
-            {s.name: states[s.name][1].detach().clone() for s in self.sites},
-            self.sites,
-            self.position_offset,
-            self.rotations,
-            bias,
-            gates,
-            self.fingerprint,
-            metadata,
-            visible=self.visible,
-            readings={s.name: r.detach().clone() for i, s in enumerate(self.sites)
-                      if (r := self._reading(i)) is not None},
-            memory={n: m * strength for n, m in memory.items()},
-            recall=self.recall,
-            parts=[dict(p) for p in self.parts],
-            weights={f"{p.method}/{n}": t for p in self.weight_parts() for n, t in p.tensors().items()},
-        )  # fmt: skip
+        from foreword._baking import bake
+
+        return bake(self, condition, task)
+
+    def save(self, folder: str | Path, *, overwrite: bool = True) -> Path:
+        """Bake and save: one prefix folder, or one for each task in a folder of its name below."""
+        if not self.tasks:
+            return self.bake().save(folder, overwrite=overwrite)
+        for task in self.tasks:
+            self.bake(task=task).save(Path(folder) / task, overwrite=overwrite)
+        return Path(folder)
 
     def detach(self) -> PreTrainedModel:
         """Take the prefix off; the model is what it was, bit for bit. Returns the model."""
@@ -361,7 +385,7 @@ class Tuning:
 
     def __repr__(self) -> str:
         what = f"{self.num_parameters:,} trainable parameters" if self.trainable else "frozen"
-        longest = max((k.shape[-2] for k, _ in self.encoder().values()), default=0)
+        longest = self.encoder.longest
         parts = [f"{longest} virtual tokens at {len(self.sites)} sites"] if longest else []
         parts += ["memory"] if self.holder.memory is not None else []
         parts += [p.method for p in self.weight_parts()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class Collator:
     Calling it with n examples returns ``input_ids`` and ``attention_mask``, both (n, length), and
     ``labels``, (n, length) too, or (n, target length) with seq2seq. All are torch.long. Padding has
     ``pad_token_id`` as its id, 0 in the mask and -100 as its label, so it never counts in the loss, even
-    when it is the end token.
+    when it is the end token. Examples that have a ``condition`` (n vectors of one size) or a ``task`` (names)
+    keep it.
 
     Args:
         pad_token_id: The id to pad with.
@@ -60,7 +61,7 @@ class Collator:
             raise DataError("The tokenizer has neither a padding nor an end token. Set tokenizer.pad_token.")
         return cls(int(pad), seq2seq=seq2seq, pad_to_multiple_of=pad_to_multiple_of)
 
-    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch.
 
         Raises:
@@ -77,7 +78,12 @@ class Collator:
                         f"Example {index} of the batch has {len(ids)} ids and {len(targets)} labels. There "
                         "must be as many, unless the collator is made with seq2seq=True."
                     )
-        return {
+        given: dict[str, Any] = {}
+        if "condition" in examples[0]:
+            given["condition"] = torch.stack([torch.as_tensor(example["condition"]).float() for example in examples])
+        if "task" in examples[0]:
+            given["task"] = [example["task"] for example in examples]
+        return given | {
             "input_ids": self._padded(inputs, self.pad_token_id),
             "attention_mask": self._padded([[1] * len(ids) for ids in inputs], 0),
             "labels": self._padded(labels, _IGNORED),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.utils.data import Dataset
+
+from ..errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +46,39 @@ class EncodeStats:
         )
 
 
-class EncodedDataset(Dataset[dict[str, list[int]]]):
+class EncodedDataset(Dataset[dict[str, Any]]):
     """Token ids and labels, one pair per example.
 
     An item is ``{"input_ids": list[int], "labels": list[int]}``, unpadded. Labels are -100 wherever there is
     no loss. For a causal model both have the same length; for seq2seq the labels are the decoder's target.
     """
 
-    def __init__(self, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], stats: EncodeStats) -> None:
+    def __init__(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[int]],
+        stats: EncodeStats,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         # Arrays of 32-bit integers take a tenth of the memory of lists of Python integers.
         self._input_ids = [array("i", ids) for ids in input_ids]
         self._labels = [array("i", ids) for ids in labels]
         self.stats = stats
+        self._columns = dict(columns or {})
 
     def __len__(self) -> int:
         return len(self._input_ids)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"input_ids": list(self._input_ids[index]), "labels": list(self._labels[index])}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = {"input_ids": list(self._input_ids[index]), "labels": list(self._labels[index])}
+        return ids | {name: values[index] for name, values in self._columns.items()}
+
+    def with_column(self, name: str, values: Sequence[Any]) -> EncodedDataset:
+        """The same examples, each with one thing more: its ``condition`` (a vector), or its ``task`` (a name).
+
+        Raises:
+            DataError: There are not as many values as examples.
+        """
+        if len(values) != len(self):
+            raise DataError(f"There are {len(values)} values for {name!r} and {len(self)} examples; give each one.")
+        return EncodedDataset(self._input_ids, self._labels, self.stats, {**self._columns, name: values})

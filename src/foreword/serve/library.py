@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from foreword import _interface
 from foreword._queries import Queries
 from foreword._views import SitePrefix
+from foreword.conditional import part_of
 from foreword.errors import AttachError, ConfigError, MismatchError
 from foreword.memory import SiteMemory
 from foreword.prefix import Prefix
@@ -88,6 +89,10 @@ class Library:
         """
         if not name:
             raise ConfigError("a task needs a name")
+        if part_of(prefix) is not None:
+            raise ConfigError(
+                f"task {name!r} depends on a condition vector; give it one: library.add({name!r}, prefix.given(vector))"
+            )
         if prefix.parts:
             raise ConfigError(
                 f"task {name!r} brings {prefix.parts[0]['method']}, which changes the model for all rows; a library "

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from foreword.config import PrefixConfig
 from foreword.errors import AttachError, DivergedError, PrefixFileError
-from foreword.methods import LEARNING_RATES, usual_learning_rate
 from foreword.train.arguments import PrefixTrainingArguments
 from foreword.train.curves import draw_curves
 from foreword.tuning import Tuning, tuning_of
 
 STATE = "training_state.safetensors"
 LAST_GOOD = "last-good"
+_GIVEN = ("condition", "task")
 
 
 class PrefixTrainer(Trainer):
@@ -68,6 +68,12 @@ class PrefixTrainer(Trainer):
             self.optimizer = chosen(groups, weight_decay=self.args.weight_decay, **options)
         return self.optimizer
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what a prefix is given row by row, which the model's own signature doesn't name."""
+        super()._set_signature_columns_if_needed()
+        columns = cast(list[str], self._signature_columns)
+        columns += [name for name in _GIVEN if name not in columns]
+
     # ---------------------------------------------------------------- watching for divergence
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -99,7 +105,7 @@ class PrefixTrainer(Trainer):
                 for parameter, good in zip(self.tuning.parameters(), self._good, strict=True):
                     parameter.copy_(good)
             folder = Path(self.args.output_dir or ".") / LAST_GOOD
-            self.tuning.bake().save(folder)
+            self.tuning.save(folder)
             saved = f" The last good prefix is in {folder}."
         batch = f" on the batch {self._batch(inputs)}" if inputs is not None else ""
         raise DivergedError(
@@ -123,7 +129,7 @@ class PrefixTrainer(Trainer):
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir or ".")
         self.tuning.metadata["training"] = self._record()
-        self.tuning.bake().save(folder)
+        self.tuning.save(folder)
         temporary = folder / f".{STATE}"
         save_file({k: v.detach().cpu().contiguous() for k, v in self.tuning.holder.state_dict().items()}, temporary)
         temporary.replace(folder / STATE)
@@ -206,7 +212,7 @@ def load_training_state(tuning: Tuning, folder: Path) -> None:
 
 def _settle_learning_rate(args: TrainingArguments, tuning: Tuning) -> None:
     first = tuning.configs[0] if tuning.configs else None
-    usual = usual_learning_rate(first) if first is not None else LEARNING_RATES["direct"]
+    usual = tuning.usual_learning_rate
     if args.learning_rate is None:
         args.learning_rate = (first.learning_rate if first is not None else None) or usual
     elif args.learning_rate <= usual / 100:

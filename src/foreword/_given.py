@@ -1,0 +1,106 @@
+"""What the rows of a pass are given before their prefix is made: the task of each, or a condition vector.
+
+A call of the model says it, ``model(..., task=["a", "b"])`` or ``model(..., condition=vectors)``, where a hook takes it
+out again; code that can't change the call (``generate``) runs inside ``with tuning.given(...)``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foreword.encoders import PrefixEncoder
+from foreword.errors import AttachError, ConfigError
+
+Task = str | Sequence[str] | Tensor
+
+
+class Given:
+    """What a model's next pass, or its passes inside a block, are given."""
+
+    def __init__(self) -> None:
+        self.inside: Tensor | None = None  # by tuning.given
+        self.told: Tensor | None = None  # by the call
+
+    def read(self, encoder: PrefixEncoder, tasks: Sequence[str], condition: Any, task: Task | None) -> Tensor:
+        """Condition vectors ``(R, C)``, or numbers of tasks ``(R,)``.
+
+        Raises:
+            ConfigError: not what the encoder asks for, of another shape, not finite, or an unknown task.
+        """
+        asks = encoder.asks
+        if asks is None:
+            raise ConfigError("this prefix is given nothing: it is the same for all rows; leave condition and task out")
+        value, other = (condition, task) if asks == "condition" else (task, condition)
+        if value is None or other is not None:
+            expected = f"condition=vectors of {encoder.condition} numbers" if asks == "condition" else f"task={tasks}"
+            raise ConfigError(f"this prefix is given a {asks} and nothing else; expected {expected}")
+        return _vectors(value, int(encoder.condition or 0)) if asks == "condition" else _numbers(value, tasks)
+
+    def take(self, encoder: PrefixEncoder, tasks: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take what is ours out of a call's arguments."""
+        told = {name: kwargs[name] for name in ("condition", "task") if kwargs.get(name) is not None}
+        self.told = self.read(encoder, tasks, told.get("condition"), told.get("task")) if told else None
+        return {k: v for k, v in kwargs.items() if k not in ("condition", "task")}
+
+    @property
+    def now(self) -> Tensor | None:
+        """What holds in this pass, if anything."""
+        return self.told if self.told is not None else self.inside
+
+    def rows(self, encoder: PrefixEncoder) -> Tensor | None:
+        """What holds in this pass.
+
+        Raises:
+            AttachError: nothing was given, and the encoder asks for something.
+        """
+        if encoder.asks is None:
+            return None
+        found = self.now
+        if found is None:
+            raise AttachError(
+                f"the prefix of each row depends on its {encoder.asks}, and none was given; pass {encoder.asks}=... to "
+                f"the model's call, or call it (and generate) inside `with tuning.given({encoder.asks}=...)`"
+            )
+        return found
+
+
+def _vectors(value: Any, size: int) -> Tensor:
+    vectors = torch.as_tensor(value)
+    vectors = vectors[None] if vectors.dim() == 1 else vectors
+    if vectors.dim() != 2 or vectors.shape[1] != size or not len(vectors) or not vectors.is_floating_point():
+        raise ConfigError(
+            f"condition has shape {tuple(vectors.shape)} and {vectors.dtype}; expected floats (rows, {size}): a vector "
+            "for each row, or one for all"
+        )
+    if not torch.isfinite(vectors).all():
+        raise ConfigError("condition has numbers that are not finite; look at what made these vectors")
+    return vectors
+
+
+def _numbers(value: Task, tasks: Sequence[str]) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.dim() > 1 or value.is_floating_point() or bool(((value < 0) | (value >= len(tasks))).any()):
+            raise ConfigError(f"task={value} doesn't number the tasks; expected 0 to {len(tasks) - 1}, one a row")
+        return value.long().reshape(-1)
+    names = [value] if isinstance(value, str) else list(value)
+    for name in names:
+        if name not in tasks:
+            near = difflib.get_close_matches(str(name), tasks, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(tasks)}"
+            raise ConfigError(f"no task is named {name!r}; {hint}")
+    if not names:
+        raise ConfigError("task names no task; name one a row, or one for all rows")
+    return torch.tensor([tasks.index(name) for name in names])
+
+
+def by_task(given: Tensor | None, encoder: PrefixEncoder) -> tuple[Tensor | None, Tensor | None]:
+    """What the encoder makes in this pass, and which of it each row reads: the batch's tasks once each."""
+    if given is None or encoder.asks != "task":
+        return given, None
+    present, rows = given.unique(return_inverse=True)
+    return present, rows if len(present) > 1 else None
