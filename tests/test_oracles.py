@@ -342,7 +342,7 @@ def test_the_encoder_runs_once_a_pass(name, monkeypatch):
     model, arguments, calls = zoo.build(name), zoo.inputs(name), []
     tuning = fw.attach(model, fw.PrefixConfig(length=4, init="random", reparam="mlp", hidden=16))
     forward = PrefixEncoder.forward
-    monkeypatch.setattr(PrefixEncoder, "forward", lambda self: calls.append(1) or forward(self))
+    monkeypatch.setattr(PrefixEncoder, "forward", lambda self, *given: calls.append(1) or forward(self, *given))
     for n in (1, 2, 3):
         model(**arguments)
         assert len(calls) == n

@@ -36,10 +36,11 @@ def initial_states(
 ) -> States:
     """Keys ``(G, P, key_dim)`` and values ``(G, P, value_dim)`` of each site to start from, float32.
 
-    With tasks, their starts stand one before the other: ``(T, G, P, dim)``.
+    With tasks, their starts stand one before the other: ``(T, G, P, dim)``. A text doesn't reach vision and audio
+    towers, which start at random beside it.
 
     Raises:
-        ConfigError: a text without a tokenizer, or one that is shorter than ``length``.
+        ConfigError: a text without a tokenizer, one that is shorter than ``length``, or one for towers alone.
     """
     if config.tasks:
         return _of_tasks(config, model, tokenizer, chosen, rotations, example_inputs)
@@ -53,17 +54,25 @@ def initial_states(
             "a prefix starts from a text, which needs the model's tokenizer: fw.attach(model, config, "
             'tokenizer=tokenizer). Without one, use PrefixConfig(init="random")'
         )
+    read = [s for s in chosen if not s.tower]
+    if not read:
+        raise ConfigError(
+            f'a text doesn\'t reach {chosen[0].name} ({chosen[0].tower}); use init="random" for a prefix there alone'
+        )
     text = config.init if config.init is not None else DEFAULT_TEXT
     repeat = config.repeat or config.init is None
     longest = config.length
     if longest is not None:
         longest = max(config.site_lengths(chosen, longest).values())
     if text.startswith("words:"):
-        states = word_states(model, tokenizer, text[6:].split(), chosen, longest, config.position_offset, rotations)
+        states = word_states(model, tokenizer, text[6:].split(), read, longest, config.position_offset, rotations)
     else:
-        states = text_states(model, tokenizer, text, chosen, longest, config.position_offset, rotations, repeat=repeat)
+        states = text_states(model, tokenizer, text, read, longest, config.position_offset, rotations, repeat=repeat)
     made = next(iter(states.values()))[0].shape[1]
     lengths = config.site_lengths(chosen, config.length or made)
+    if len(read) < len(chosen):
+        towers = [s for s in chosen if s.tower]
+        states |= random_states(model, towers, lengths, config.seed, example_inputs)
     return {n: (states[n][0][:, :p].clone(), states[n][1][:, :p].clone()) for n, p in lengths.items()}
 
 
