@@ -70,7 +70,7 @@ def train(model, tokenizer, *, steps: int = 200, rows: int = 16):
                              hidden=128, condition=128)  # fmt: skip
     tuning, eyes = fw.attach(model, config, tokenizer=tokenizer), Eyes()
     optimizer = torch.optim.AdamW([*tuning.parameters(), *eyes.parameters()], lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     for step, (pictures, text, _) in enumerate(batches(tokenizer, steps, rows, seed=0), 1):
         labels = text.input_ids.masked_fill(text.attention_mask == 0, -100)
         labels[:, :3] = -100  # not the words that all captions begin with
