@@ -1,6 +1,6 @@
 """Captions for pictures: a prefix that is made of what a small vision model saw (as ClipCap does, arXiv 2111.09734).
 
-    python examples/captions.py [--steps 200]
+    python examples/captions.py [--steps 150]
 
 Coloured shapes are drawn, a small residual network with random weights looks at them, and its features are the
 condition of a prefix on the frozen text model. The encoder of the prefix is trained, and the vision model through it.
@@ -64,7 +64,7 @@ def batches(tokenizer, steps: int, rows: int, seed: int):
         yield pictures, tokenizer(captions, return_tensors="pt", padding=True, padding_side="right"), captions
 
 
-def train(model, tokenizer, *, steps: int = 200, rows: int = 16):
+def train(model, tokenizer, *, steps: int = 150, rows: int = 16):
     """The tuning and the eyes, trained together."""
     config = fw.PrefixConfig(length=8, init="A short caption of a picture with one coloured shape.", reparam="mlp",
                              hidden=128, condition=128)  # fmt: skip
@@ -106,11 +106,13 @@ def share_right(model, tokenizer, tuning, eyes, pictures: int = 60, seed: int = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
     model, tokenizer = fw.load_model("demo")
     tuning, eyes = train(model, tokenizer, steps=options.steps)
-    print(f"right: {share_right(model, tokenizer, tuning, eyes):.0%} of 60 new pictures (by chance {1 / len(KINDS):.0%})")
+    print(
+        f"right: {share_right(model, tokenizer, tuning, eyes):.0%} of 60 new pictures (by chance {1 / len(KINDS):.0%})"
+    )
     chance = random.Random(2)
     kinds = chance.sample(KINDS, 4)
     shown = torch.stack([draw(*kind, chance) for kind in kinds])

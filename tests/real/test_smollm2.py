@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.real]
 TEXT = "Here is what a delighted viewer wrote about the film:"
 PROMPTS = ("The film", "After ten minutes my wife and I")
 P, NEW = 6, 24
+TASKS = ("film", "food", "news")
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,13 @@ def test_three_steps_on_real_reviews(real, tmp_path):
         (fw.PrefixConfig(length=20, init="random"), 230_400),
         (fw.PrefixConfig(length=20, init="random", gate="head"), 230_400 + 270),
         (fw.PrefixConfig(length=20, init="random", gate="input"), 230_400 + 17_550),
+        (fw.PrefixConfig(length=20, init="random", reparam="mlp", share="layers"), 485_248),
+        (fw.PrefixConfig(length=20, init="random", reparam="mlp", condition=128), 6_248_192),
+        (fw.PrefixConfig(length=20, init="random", tasks=TASKS), 691_200),
+        (fw.PrefixConfig(length=20, init="random", tasks=TASKS, share="keys"), 460_800),
+        (fw.PrefixConfig(length=20, init="random", tasks=TASKS, reparam="low-rank"), 92_640),
+        (fw.PrefixConfig(length=20, init="random", tasks=TASKS, reparam="mlp"), 6_203_136),
+        (fw.PrefixConfig(length=20, init="random", tasks=TASKS, reparam="mlp", share="layers"), 505_728),
         (fw.MemoryConfig(), 1_105_920),
         (fw.MemoryConfig(rank=4), 138_240),
         (fw.PromptConfig(length=20, init="vocabulary"), 11_520),
@@ -203,3 +211,23 @@ def test_an_infix_writes_from_its_boundary(real):
     tuning.detach()
     first = [tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in base]
     assert [tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in late] == first and late != base
+
+
+def test_a_join_is_near_the_model_that_read_both_texts(real):
+    """Nearer than either alone; and without the second's first token (a second attention sink) nearer still."""
+    model, tokenizer = real
+    a, b = "You are a film critic who writes short, warm sentences.", " Always mention the weather, and be polite."
+    first, second, whole = (fw.Prefix.from_text(model, tokenizer, t) for t in (a, b, a + b))
+    ids = torch.tensor([tokenizer("When we came out of the house in the evening, it was")["input_ids"]])
+
+    def distance(prefix):
+        found = []
+        for each in (whole, prefix):
+            tuning = fw.attach(model, each)
+            found.append(logits(model, ids).double().log_softmax(-1))
+            tuning.detach()
+        return float((found[0].exp() * (found[0] - found[1])).sum(-1).mean())
+
+    alone = min(distance(first), distance(second))
+    both, one_sink = distance(first.join(second)), distance(first.join(second.slice(1)))
+    assert one_sink < both < alone
