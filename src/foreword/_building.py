@@ -205,7 +205,7 @@ def _load(tuning: Tuning, prefix: Prefix, trainable: bool) -> None:
         tuning.load_gates(prefix, trainable)
     tuning.__dict__["rotations"] = {**tuning.__dict__.get("rotations", {}), **prefix.rotations}
     if prefix.memory:
-        tuning.holder.memory = Memory.of(prefix.memory, trainable=trainable)
+        tuning.holder.memory = Memory.of(prefix.memory, prefix.memory_up, trainable=trainable)
         tuning.recall = prefix.recall
 
 

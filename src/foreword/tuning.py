@@ -284,7 +284,7 @@ class Tuning:
         strength = self._strength or 1.0
         gates = {s.name: g.clone() for i, s in enumerate(self.sites) if (g := self._gate(i, strength)) is not None}
         bias = {s.name: b.clone() for i, s in enumerate(self.sites) if (b := self._bias(i, strength)) is not None}
-        memory = self.holder.memory.baked() if self.holder.memory is not None else {}
+        memory, memory_up = self.holder.memory.baked(strength) if self.holder.memory is not None else ({}, {})
         for site in self.sites:
             states.setdefault(site.name, self._nothing(site) if site.name in memory else states.get(site.name))
         return Prefix(
@@ -300,7 +300,8 @@ class Tuning:
             visible=self.visible,
             readings={s.name: r.detach().clone() for i, s in enumerate(self.sites)
                       if (r := self._reading(i)) is not None},
-            memory={n: m * strength for n, m in memory.items()},
+            memory=memory,
+            memory_up=memory_up,
             recall=self.recall,
             parts=[dict(p) for p in self.parts],
             weights={f"{p.method}/{n}": t for p in self.weight_parts() for n, t in p.tensors().items()},
