@@ -58,7 +58,7 @@ class Passes:
         model = self.tuning.model
         if self.tuning.trainable:  # before the other hooks, so that each pass that fails in one of them is left again
             for module in _models(model):
-                self.handles.append(module.register_forward_pre_hook(self._enter))
+                self.handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
                 self.handles.append(module.register_forward_hook(self._leave, always_call=True))
         self.handles.append(model.register_forward_pre_hook(self._check_route))
         if self.tuning.position_offset:

@@ -166,7 +166,7 @@ class Tuning:
             own: list[nn.Module] = main
             if isinstance(config, MemoryConfig):
                 own = [holder.memory] if holder.memory is not None else []
-            elif not isinstance(config, PrefixConfig | PromptConfig):
+            elif not isinstance(config, PrefixConfig) and config.method in holder.weights:
                 own = [holder.weights[config.method]]
             usual = learning_rate if learning_rate is not None and i == 0 else usual_learning_rate(config)
             groups.append((own, config.learning_rate or usual))
