@@ -163,6 +163,21 @@ def test_ways_to_call_it_agree(name):
         assert encoder(tokens, mask)[0].shape[1] == 7
 
 
+def test_a_model_made_of_two():
+    """BERT as encoder and BERT as decoder: the encoder is a model of its own, and the pair has few settings."""
+    half = zoo.build("bert").config
+    config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(half, half)
+    torch.manual_seed(0)
+    model, mask = tf.EncoderDecoderModel(config=config).eval(), masks()["left"]
+    arguments = {"input_ids": zoo.ids(), "decoder_input_ids": zoo.ids(2, 5, seed=1)}
+    tuning = fw.attach(model, CONFIG)
+    start = the_prompt(tuning).detach().clone()
+    ours = zoo.logits(model, **arguments, **mask)
+    tuning.detach()
+    given = in_front(model, start, arguments.pop("input_ids"), **mask)
+    close(ours, zoo.logits(model, **given, **arguments))
+
+
 # ------------------------------------------------------------------------------------------ where it starts
 
 
@@ -337,21 +352,36 @@ def test_a_saved_prompt_is_a_prefix_to_others():
         fw.Library(model).add("task", prefix)
 
 
-def test_an_encoder_that_scales_its_ids_itself_is_refused():
+def test_a_prompt_for_another_kind_of_model_is_refused():
     model = build("t5")
-    encoder = model.get_encoder()
-    plain = encoder.forward
+    tuning = fw.attach(model, CONFIG)
+    prefix = tuning.bake()
+    tuning.detach()
+    llama = zoo.build("llama")
+    with pytest.raises(fw.ConfigError, match="no encoder that a decoder reads"):
+        fw.attach(llama, prefix)
+    wider = tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=zoo.VOCAB, **{**zoo._T5, "d_model": 48}))
+    with pytest.raises(fw.MismatchError, match="doesn't fit this model"):
+        fw.attach(wider, prefix, force=True)
+    assert not any(m._forward_pre_hooks for m in (*llama.modules(), *wider.modules()))
 
-    def forward(input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
-        if inputs_embeds is None:
-            inputs_embeds = encoder.embed_tokens(input_ids) * 5
-            inputs_embeds = inputs_embeds + torch.arange(inputs_embeds.shape[1])[:, None]
-        return plain(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
-    encoder.forward = forward
-    with pytest.raises(fw.ForewordError, match="gives something else for the embeddings"):
-        fw.attach(model, CONFIG)
-    assert not any(m._forward_pre_hooks for m in model.modules())
+def test_an_encoder_that_scales_its_ids_itself_is_refused():
+    """Pegasus multiplies what its embeddings give for ids, and leaves embeddings that it is given as they are."""
+    sizes = {f"{part}_{n}": v for part in ("encoder", "decoder")
+             for n, v in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
+    torch.manual_seed(0)
+    for scale in (True, False):
+        config = tf.PegasusConfig(
+            vocab_size=zoo.VOCAB, d_model=32, max_position_embeddings=64, scale_embedding=scale, **sizes
+        )
+        model = tf.PegasusForConditionalGeneration(config).eval()
+        if not scale:
+            assert fw.attach(model, CONFIG).num_parameters == P * 32
+            continue
+        with pytest.raises(fw.UnsupportedModelError, match="gives something else for the embeddings"):
+            fw.attach(model, CONFIG)
+        assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_mask_of_another_length_is_refused_and_the_next_pass_is_right():
@@ -363,6 +393,7 @@ def test_a_mask_of_another_length_is_refused_and_the_next_pass_is_right():
     want = zoo.logits(model, **arguments)
     with pytest.raises(fw.ConfigError, match=r"shape \(2, 6\); expected \(batch, 7\)"):
         model(**arguments, attention_mask=torch.ones(2, 6))
+    assert tuning._passes.depth == 0  # the pass that failed was left again
     with torch.no_grad():
         for parameter in tuning.holder.memory.parameters():
             parameter += 0.1

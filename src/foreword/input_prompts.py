@@ -129,16 +129,17 @@ def text_encoder(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ConfigError: there is none, or it doesn't start from token embeddings.
     """
-    encoder: PreTrainedModel = model.get_encoder() if reads_into_decoder(model) else model
+    encoder: Any = model.get_encoder() if reads_into_decoder(model) else model
     if encoder is model:
         raise ConfigError(
             f"{type(model).__name__} has no encoder that a decoder reads, and this prompt stands before one's input; "
             "attach it to the model that it was trained on"
         )
-    if not {"input_ids", "inputs_embeds", "attention_mask"} <= set(_parameters(encoder)):
+    takes = {"input_ids", "inputs_embeds", "attention_mask"} <= set(_parameters(encoder))
+    if not (takes and isinstance(encoder, PreTrainedModel)):
         raise ConfigError(
-            f"the encoder of {type(model).__name__} doesn't start from token embeddings (its forward takes no "
-            "inputs_embeds), so there is nothing to put a prompt in front of. Use a PrefixConfig with this model"
+            f"the encoder of {type(model).__name__}, a {type(encoder).__name__}, doesn't start from token embeddings "
+            "that it shows (inputs_embeds), so there is nothing to put a prompt in front of. Use a PrefixConfig"
         )
     return encoder
 
