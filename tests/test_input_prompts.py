@@ -261,6 +261,7 @@ def test_it_comes_off_without_a_trace_and_again_from_a_file(name, tmp_path):
     frozen.detach()
     on = fw.attach(model, loaded, trainable=True)
     assert on.num_parameters == P * model.config.d_model
+    assert [g["lr"] for g in on.parameter_groups()] == [0.3]
     assert torch.equal(zoo.logits(model, **arguments), moved)
     on.detach()
     assert torch.equal(zoo.logits(model, **arguments), base)

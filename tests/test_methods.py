@@ -254,6 +254,22 @@ def test_an_input_gate_starts_at_the_plain_prefix_and_weighs_each_query():
     torch.testing.assert_close(closed, zoo.logits(model, input_ids=tokens), atol=1e-5, rtol=1e-4)
 
 
+def test_what_was_loaded_goes_on_at_its_own_rate():
+    """Each method at what is usual for it; a rate that is given is the first one's."""
+    model = zoo.build("llama")
+    tuning = fw.attach(model, [METHODS["prefix"], METHODS["memory"], METHODS["adapter"]])
+    parts = tuning.bake()
+    tuning.detach()
+    tuning = fw.attach(model, parts, trainable=True)
+    assert [g["lr"] for g in tuning.parameter_groups()] == [2e-2, 1e-3, 1e-3]
+    assert [g["lr"] for g in tuning.parameter_groups(1e-4)] == [1e-4, 1e-3, 1e-3]
+    tuning.detach()
+    tuning = fw.attach(model, [parts, METHODS["lora"]], trainable=True)
+    groups = tuning.parameter_groups(1e-4)
+    assert [g["lr"] for g in groups] == [1e-4, 2e-2, 1e-3, 1e-3]
+    assert {p for g in groups for p in g["params"]} == set(tuning.parameters())
+
+
 @pytest.mark.parametrize(
     ("sites", "layers"),
     [("first:1", [0]), ("last:1", [1]), ("every:2", [0]), ([-1], [1]), ([0, 1], [0, 1]),
