@@ -78,7 +78,7 @@ def cases(draw):
     if "memory" in at_sites:
         items.append(draw(memories(rotary)))
     if at_sites == "prompt":
-        assume(causal)
+        assume(name not in ENCODERS)
         items.append(fw.PromptConfig(length=draw(st.integers(1, 4)), init="random"))
     if at_sites == "nothing" or draw(st.booleans()):
         items.append(draw(WEIGHTS))

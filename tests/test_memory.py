@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 import foreword as fw
 import zoo
@@ -174,3 +177,123 @@ def test_a_rotated_memory_can_not_be_shifted():
     tuning = filled(model, [fw.PrefixConfig(length=2, init="random"), fw.MemoryConfig()])
     with pytest.raises(fw.MismatchError, match="can't be shifted"):
         tuning.bake().shift(2)
+
+
+# ------------------------------------------------------------------------------------------ low rank stays low rank
+
+
+def whole(prefix):
+    """The same prefix with its memory multiplied out, as files before ``memory_up`` have it."""
+    return replace(prefix, memory={n: m @ prefix.memory_up[n] for n, m in prefix.memory.items()}, memory_up={})
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek", "t5"])
+def test_a_low_rank_memory_is_saved_as_its_factors(name, tmp_path):
+    model, arguments = zoo.build(name), zoo.inputs(name)
+    tuning = filled(model, fw.MemoryConfig(rank=3))
+    trained = zoo.logits(model, **arguments)
+    prefix = tuning.bake()
+    expected = sum(s.heads * 3 * (s.key_dim + s.value_dim) for s in prefix.sites)
+    assert prefix.num_parameters == tuning.num_parameters == expected and prefix.nbytes == 4 * expected
+    tuning.detach()
+    prefix.save(tmp_path / "m")
+    loaded = fw.Prefix.load(tmp_path / "m")
+    assert loaded == prefix and loaded.num_parameters == expected
+    for site in prefix.sites:
+        assert loaded.memory[site.name].shape == (site.heads, site.key_dim, 3)
+        assert torch.equal(loaded.memory_up[site.name], prefix.memory_up[site.name])
+    fw.attach(model, loaded)
+    assert torch.equal(zoo.logits(model, **arguments), trained)
+
+
+def test_training_goes_on_with_the_factors():
+    model, tokens = zoo.build("llama"), zoo.ids()
+    tuning = filled(model, fw.MemoryConfig(rank=2))
+    first = tuning.bake()
+    tuning.detach()
+    tuning = fw.attach(model, first, trainable=True)
+    assert tuning.num_parameters == first.num_parameters
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            assert parameter.grad.abs().sum() > 0
+            parameter -= 0.1 * parameter.grad
+    second = tuning.bake()
+    assert second.num_parameters == first.num_parameters and second != first
+    assert all(up.shape[1] == 2 for up in second.memory_up.values())
+
+
+def test_strength_scales_one_factor():
+    model, tokens = zoo.build("llama"), zoo.ids()
+    tuning = filled(model, fw.MemoryConfig(rank=2))
+    plain = tuning.bake()
+    tuning.strength = 0.5
+    half, baked = zoo.logits(model, input_ids=tokens), tuning.bake()
+    tuning.detach()
+    for name in plain.memory:
+        assert torch.equal(baked.memory[name], 0.5 * plain.memory[name])
+        assert torch.equal(baked.memory_up[name], plain.memory_up[name])
+    fw.attach(model, baked)
+    assert torch.equal(zoo.logits(model, input_ids=tokens), half)
+
+
+def test_files_of_whole_memories_are_as_before(tmp_path):
+    model, tokens = zoo.build("llama"), zoo.ids()
+    tuning = filled(model, fw.MemoryConfig(rank=2))
+    low = tuning.bake()
+    trained = zoo.logits(model, input_ids=tokens)
+    tuning.detach()
+    prefix = whole(low)
+    prefix.save(tmp_path / "m")
+    with safe_open(tmp_path / "m" / "prefix.safetensors", framework="pt") as file:
+        assert not [n for n in file.keys() if n.endswith("memory_up")]  # noqa: SIM118
+    loaded = fw.Prefix.load(tmp_path / "m")
+    assert loaded == prefix and loaded.memory_up == {}
+    tuning = fw.attach(model, loaded, trainable=True)
+    assert tuning.num_parameters == sum(s.heads * s.key_dim * s.value_dim for s in prefix.sites)
+    torch.testing.assert_close(zoo.logits(model, input_ids=tokens), trained, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kept"), [((2, 2), 2), ((2, 3), None), ((2, None), None), ((None, 3, 2), None), ((3,), 3)]
+)
+def test_a_library_mixes_ranks(ranks, kept):
+    """Rows of different ranks, whole, plain and none in one batch are each as alone; equal ranks stay factors."""
+    model = zoo.build("llama")
+    made = {}
+    for n, rank in enumerate(ranks):
+        tuning = filled(model, fw.MemoryConfig(rank=rank), seed=n)
+        made[f"{n}"] = tuning.bake()
+        tuning.detach()
+    plain = fw.attach(model, fw.PrefixConfig(length=2, init="random"))
+    made["plain"] = plain.bake()
+    plain.detach()
+    tasks = [*made, None, "0"]
+    tokens, alone = zoo.ids(len(tasks), 6), {}
+    for task, prefix in [*made.items(), (None, None)]:
+        tuning = fw.attach(model, prefix) if prefix is not None else None
+        alone[task] = zoo.logits(model, input_ids=tokens)
+        if tuning is not None:
+            tuning.detach()
+    library = fw.Library(model)
+    for task, prefix in made.items():
+        library.add(task, prefix)
+    with library.use(tasks):
+        mixed = zoo.logits(model, input_ids=tokens)
+        memory = library.view(library.sites[0].name).memory
+    assert (memory.up.shape[-2] if memory.up is not None else None) == kept
+    for row, task in enumerate(tasks):
+        torch.testing.assert_close(mixed[row], alone[task][row], atol=2e-5, rtol=1e-4, msg=str(task))
+
+
+def test_factors_that_do_not_fit_are_refused():
+    tuning = filled(zoo.build("llama"), fw.MemoryConfig(rank=2))
+    prefix = tuning.bake()
+    name = prefix.sites[0].name
+    up = prefix.memory_up[name]
+    for odd, said in ((up[:, :1], "the memory has shape"), (up[:, :, :-1], "the memory_up has shape"),
+                      (up[:-1], "the memory_up has shape"), (up[0], "the memory has shape")):  # fmt: skip
+        with pytest.raises(fw.MismatchError, match=said):
+            replace(prefix, memory_up={**prefix.memory_up, name: odd})
+    with pytest.raises(fw.MismatchError, match="expected both factors"):
+        replace(prefix, memory={})

@@ -22,7 +22,7 @@ def bake(tuning: Tuning, condition: Any, task: str | None) -> Prefix:
         raise ConfigError(f"this prefix has several tasks; bake one of them: task={tuning.tasks[0]!r}, or save() all")
     states = _states(tuning, task)
     sites, strength = tuning.sites, tuning.strength or 1.0
-    memory = tuning.holder.memory.baked() if tuning.holder.memory is not None else {}
+    memory, memory_up = tuning.holder.memory.baked(strength) if tuning.holder.memory is not None else ({}, {})
     for site in sites:
         if site.name in memory:
             states.setdefault(site.name, tuning.nothing_at(site))
@@ -40,7 +40,8 @@ def bake(tuning: Tuning, condition: Any, task: str | None) -> Prefix:
         _metadata(tuning, task),
         visible=tuning.visible,
         readings={s.name: r.detach().clone() for i, s in enumerate(sites) if (r := tuning.reading_at(i)) is not None},
-        memory={n: m * strength for n, m in memory.items()},
+        memory=memory,
+        memory_up=memory_up,
         recall=tuning.recall,
         parts=[*(dict(p) for p in tuning.parts), *([conditional.record_of(kept)] if kept is not None else [])],
         weights=weights | (conditional.weights_of(kept) if kept is not None else {}),

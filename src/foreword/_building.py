@@ -13,6 +13,7 @@ from foreword.encoders import Direct, Frozen, PrefixEncoder, States, make_encode
 from foreword.errors import ConfigError
 from foreword.fingerprint import Fingerprint
 from foreword.initializers import initial_states
+from foreword.input_prompts import input_prompt, reads_into_decoder, saved_prompt
 from foreword.memory import Memory, Recall
 from foreword.positions import check_offset, find_rotations
 from foreword.prefix import Prefix
@@ -55,6 +56,9 @@ def build(
         for config in configs:
             if isinstance(config, _WEIGHTS):
                 _put_on(tuning, weight_part(model, config, example_inputs), config.to_json())
+            elif isinstance(config, methods.PromptConfig) and reads_into_decoder(model):
+                tuning.config = config
+                _put_on(tuning, *input_prompt(config, model, tokenizer))
         _stand_at_sites(tuning, prefixes, configs, tokenizer, example_inputs, trainable)
         if strength is not None:
             tuning.strength = strength
@@ -98,7 +102,7 @@ def _check_items(items: Sequence[Any]) -> None:
 def _kinds(item: Any) -> set[str]:
     """What an item brings: two that bring the same can't stand on one model."""
     if isinstance(item, Prefix):
-        found = {str(p["method"]) for p in item.parts}
+        found = {"prefix" if p["method"] == "prompt" else str(p["method"]) for p in item.parts}
         return found | ({"prefix"} if item.longest else set()) | ({"memory"} if item.memory else set())
     if isinstance(item, PrefixConfig | methods.PromptConfig):
         return {"prefix"} | ({"head"} if getattr(item, "head", None) else set())
@@ -149,6 +153,8 @@ def _load_weights(tuning: Tuning, prefix: Prefix, example_inputs: Mapping[str, A
 def _part_of(model: PreTrainedModel, record: Mapping[str, Any], example_inputs: Mapping[str, Any] | None) -> WeightPart:
     if record["method"] == "head":
         return head_parameters(model, str(record["kind"]))
+    if record["method"] == "prompt":
+        return saved_prompt(model, record)
     known = {c.method: c for c in _WEIGHTS}
     if record["method"] not in known:
         raise ConfigError(f"the prefix has a part {record['method']!r}, which this version of foreword doesn't know")
@@ -167,8 +173,9 @@ def _stand_at_sites(
     example_inputs: Mapping[str, Any] | None,
     trainable: bool,
 ) -> None:
-    at_sites = [c for c in configs if isinstance(c, PrefixConfig | methods.PromptConfig | methods.MemoryConfig)]
     model = tuning.model
+    kinds = (PrefixConfig, methods.MemoryConfig, *(() if reads_into_decoder(model) else (methods.PromptConfig,)))
+    at_sites = [c for c in configs if isinstance(c, kinds)]
     found: list[Site] = find_sites(model, example_inputs) if at_sites else []
     chosen: dict[str, Site] = {}
     for prefix in prefixes:
@@ -206,7 +213,7 @@ def _load(tuning: Tuning, prefix: Prefix, trainable: bool) -> None:
         tuning.load_gates(prefix, trainable)
     tuning.__dict__["rotations"] = {**tuning.__dict__.get("rotations", {}), **prefix.rotations}
     if prefix.memory:
-        tuning.holder.memory = Memory.of(prefix.memory, trainable=trainable)
+        tuning.holder.memory = Memory.of(prefix.memory, prefix.memory_up, trainable=trainable)
         tuning.recall = prefix.recall
 
 
@@ -281,7 +288,8 @@ def _prompted(found: Sequence[Site]) -> list[Site]:
     both = next((s for s in chosen if not s.causal), None)
     if both is not None:
         raise ConfigError(
-            f"prompt tuning here is for causal decoders: at {both.name} ({both.kind} attention) virtual tokens would "
-            "see the text. Use a PrefixConfig with this model"
+            f"prompt tuning is for models with a decoder: at {both.name} ({both.kind} attention) virtual tokens see "
+            "the text, so they would have to stay among its tokens and would move what is read off by position (the "
+            "pooled token, token labels). Use a PrefixConfig with this model: its keys and values take no position"
         )
     return chosen

@@ -63,12 +63,9 @@ class Passes:
 
     def install(self) -> None:
         model = self.tuning.model
-        asks = self.tuning.encoder.asks is not None
-        if asks:  # first of all: a pass begins with what it is given
-            self.handles.append(model.register_forward_pre_hook(self._take_given, with_kwargs=True))
-        if self.tuning.trainable or asks:  # before the other hooks, so that a pass that fails in one is left again
-            for module in _models(model):
-                self.handles.append(module.register_forward_pre_hook(self._enter))
+        if self.tuning.trainable or self.tuning.encoder.asks is not None:
+            for module in _models(model):  # before the other hooks: a pass that fails in one of them is left again
+                self.handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 self.handles.append(module.register_forward_hook(self._leave, always_call=True))
         self.handles.append(model.register_forward_pre_hook(self._check_route))
         if self.tuning.position_offset:
@@ -88,13 +85,14 @@ class Passes:
                 "prefix out; detach, set it, and attach again"
             )
 
-    def _take_given(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, self.given.take(self.tuning.encoder, self.tuning.tasks, kwargs)
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         self.depth += 1
+        changed = None
         if self.depth == 1:
+            if self.tuning.encoder.asks is not None and module is self.tuning.model:
+                changed = args, self.given.take(self.tuning.encoder, self.tuning.tasks, kwargs)
             self._begin(module)
+        return changed
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.depth -= 1

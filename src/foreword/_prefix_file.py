@@ -1,8 +1,8 @@
 """The file format of a prefix: a folder of safetensors, JSON and a model card. Loading it never runs code.
 
 ``prefix.safetensors`` holds ``<site>.keys``, ``<site>.values``, ``<site>.bias``, ``<site>.gate``, ``<site>.reading``,
-``<site>.memory``, ``weights/<method>/<name>`` and ``rotary.<i>.inv_freq``; ``foreword.json`` describes them. Both are
-checked against each other on loading.
+``<site>.memory``, ``<site>.memory_up``, ``weights/<method>/<name>`` and ``rotary.<i>.inv_freq``; ``foreword.json``
+describes them. Both are checked against each other on loading.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for kind, group in (
         ("keys", prefix.keys), ("values", prefix.values), ("bias", prefix.bias), ("gate", prefix.gates),
-        ("reading", prefix.readings), ("memory", prefix.memory),
+        ("reading", prefix.readings), ("memory", prefix.memory), ("memory_up", prefix.memory_up),
     ):  # fmt: skip
         for name, tensor in group.items():
             tensors[f"{name}.{kind}"] = tensor.detach().cpu().contiguous().clone()
@@ -148,7 +148,8 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> Prefix:
     known = {f.name for f in fields(Site)}
     sites = [Site(**{k: v for k, v in entry.items() if k in known}) for entry in description["sites"]]
     at_sites = {n: t for n, t in tensors.items() if not n.startswith(_WEIGHT)}
-    pick = {kind: _pick(at_sites, kind) for kind in ("keys", "values", "bias", "gate", "reading", "memory")}
+    kinds = ("keys", "values", "bias", "gate", "reading", "memory", "memory_up")
+    pick = {kind: _pick(at_sites, kind) for kind in kinds}
     return Prefix(
         {s.name: pick["keys"][s.name] for s in sites},
         {s.name: pick["values"][s.name] for s in sites},
@@ -162,6 +163,7 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> Prefix:
         visible=parse(description.get("visible", "all")),
         readings=pick["reading"],
         memory=pick["memory"],
+        memory_up=pick["memory_up"],
         recall=Recall(**description.get("recall", {})),
         parts=[dict(p) for p in description.get("parts", [])],
         weights={n.removeprefix(_WEIGHT): t for n, t in tensors.items() if n.startswith(_WEIGHT)},

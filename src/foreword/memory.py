@@ -94,6 +94,7 @@ class Memory(nn.Module):
     def __init__(self, sites: Sequence[Site], *, rank: int | None = None, seed: int = 0) -> None:
         super().__init__()
         self.names = [s.name for s in sites]
+        self.factored = list(self.names) if rank is not None else []  # the sites that `up` is for, in its order
         self.matrix, self.up = nn.ParameterList(), nn.ParameterList()
         generator = torch.Generator().manual_seed(seed)
         for site in sites:
@@ -105,19 +106,28 @@ class Memory(nn.Module):
             self.up.append(nn.Parameter(torch.zeros(site.heads, rank, site.value_dim)))
 
     @classmethod
-    def of(cls, matrices: Mapping[str, Tensor], *, trainable: bool) -> Memory:
-        """A memory that begins at given matrices, ``(heads, key_dim, value_dim)`` by site."""
+    def of(cls, matrices: Mapping[str, Tensor], ups: Mapping[str, Tensor], *, trainable: bool) -> Memory:
+        """A memory that begins at given numbers, by site.
+
+        Args:
+            matrices: ``(heads, key_dim, value_dim)``, or ``(heads, key_dim, rank)`` where there is an ``up``.
+            ups: ``(heads, rank, value_dim)``, of those that are a product.
+        """
         memory = cls([])
-        memory.names = list(matrices)
-        memory.matrix = nn.ParameterList(nn.Parameter(m.clone(), requires_grad=trainable) for m in matrices.values())
+        memory.names, memory.factored = list(matrices), list(ups)
+        memory.matrix, memory.up = (
+            nn.ParameterList(nn.Parameter(t.clone(), requires_grad=trainable) for t in tensors.values())
+            for tensors in (matrices, ups)
+        )
         return memory
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """By site: the matrix and None, or the two factors."""
-        ups: list[Tensor | None] = [*self.up] if len(self.up) else [None] * len(self.names)
-        return dict(zip(self.names, zip(self.matrix, ups, strict=True), strict=True))
+        ups = dict(zip(self.factored, self.up, strict=True))
+        return {n: (m, ups.get(n)) for n, m in zip(self.names, self.matrix, strict=True)}
 
     @torch.no_grad()
-    def baked(self) -> dict[str, Tensor]:
-        """By site: ``(heads, key_dim, value_dim)``."""
-        return {n: (m if up is None else m @ up).detach().clone() for n, (m, up) in self.factors().items()}
+    def baked(self, strength: float = 1.0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The matrices and the ups by site, as :meth:`of` takes them; ``strength`` becomes part of the matrices."""
+        matrices = {n: m.detach() * strength for n, m in zip(self.names, self.matrix, strict=True)}
+        return matrices, {n: up.detach().clone() for n, up in zip(self.factored, self.up, strict=True)}

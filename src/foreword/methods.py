@@ -66,7 +66,8 @@ class PromptConfig(_Method):
     """Prompt tuning (Lester et al. 2021, arXiv 2104.08691): virtual tokens at the input embeddings only.
 
     A causal model computes the same keys and values for them whatever the text is, so they run through the layers
-    once a pass instead of once a row, and what is saved is a prefix like any other.
+    once a pass instead of once a row, and what is saved is a prefix like any other. In an encoder-decoder model they
+    stand before the encoder's input, and what is saved is their embeddings.
 
     Attributes:
         length: virtual tokens; None: as many as the text of ``init`` has.
@@ -74,7 +75,7 @@ class PromptConfig(_Method):
             for a general task text.
         repeat: whether a text shorter than ``length`` is repeated.
         position_offset: position that the text starts at; the length of the prompt makes models with learned
-            positions see it as real tokens.
+            positions see it as real tokens. (``visible`` and this are for decoder-only models.)
         learning_rate: None: 0.3 for a text or vocabulary start.
     """
 

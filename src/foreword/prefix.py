@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_COUNTED = ("keys", "values", "memory", "weights")
+_COUNTED = ("keys", "values", "memory", "memory_up", "weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,9 @@ class Prefix:
         metadata: anything JSON can hold: configuration, metrics, training.
         visible: which positions of the text see the prefix.
         readings: by site name, ``(heads, key_dim + 1)``: weights on the prefix read off each query. May be missing.
-        memory: by site name, ``(heads, key_dim, value_dim)``: a memory beside the attention. Sites may be missing.
+        memory: by site name, ``(heads, key_dim, value_dim)``: a memory beside the attention; ``(heads, key_dim, rank)``
+            where ``memory_up`` has its second factor. Sites may be missing.
+        memory_up: by site name, ``(heads, rank, value_dim)``, of memories of low rank.
         recall: how the memory is read.
         parts: the configurations of other methods trained with it (LoRA, adapters, a head, …), as JSON has them.
         weights: their tensors, by ``method/name``.
@@ -64,6 +66,7 @@ class Prefix:
     visible: Visibility = field(default_factory=Visibility)
     readings: Mapping[str, Tensor] = field(default_factory=dict)
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    memory_up: Mapping[str, Tensor] = field(default_factory=dict)
     recall: Recall = field(default_factory=Recall)
     parts: Sequence[Mapping[str, Any]] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -79,11 +82,19 @@ class Prefix:
                 ("bias", self.bias, (site.heads,)),
                 ("gate", self.gates, (site.heads,)),
                 ("reading", self.readings, (site.heads, site.key_dim + 1)),
-                ("memory", self.memory, (site.heads, site.key_dim, site.value_dim)),
+                ("memory", self.memory, (site.heads, site.key_dim, self._rank(site.name) or site.value_dim)),
+                ("memory_up", self.memory_up, (site.heads, self._rank(site.name), site.value_dim)),
             ):
                 tensor = tensors.get(site.name)
                 if tensor is not None and tensor.shape != shape:
                     raise MismatchError(f"{site.name}: the {extra} has shape {tuple(tensor.shape)}, expected {shape}")
+        if alone := sorted(self.memory_up.keys() - self.memory.keys()):
+            raise MismatchError(f"{alone[0]}: a memory_up without a memory, expected both factors")
+
+    def _rank(self, site: str) -> int | None:
+        """Of a site's memory; None: it is whole, or has a second factor that isn't one."""
+        up = self.memory_up.get(site)
+        return up.shape[1] if up is not None and up.dim() == 3 else None
 
     # ---------------------------------------------------------------- where prefixes come from
 

@@ -19,7 +19,7 @@ from foreword.encoders import PrefixEncoder
 from foreword.errors import ConfigError
 from foreword.methods import PromptConfig
 from foreword.positions import Rotation
-from foreword.sites import Call, Site, evaluating, input_device, recording
+from foreword.sites import Call, Site, evaluating, recording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,32 +83,50 @@ def prompt_encoder(
     Raises:
         ConfigError: a text without a tokenizer, or one that is shorter than ``length``.
     """
-    embedding: Any = model.get_input_embeddings()
-    table: Tensor = embedding.weight.detach()
+    start = prompt_start(config, model, tokenizer, model.get_input_embeddings())
+    return Prompt(start, model, sites, rotations, config.position_offset)
+
+
+@torch.no_grad()
+def prompt_start(
+    config: PromptConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, embedding: Any
+) -> Tensor:
+    """The embeddings that a prompt starts from: ``(P, hidden_size)``, float32, on the embeddings' device.
+
+    Args:
+        embedding: the layer that embeds what the prompt stands before. It is run and not its table read, because
+            some models scale what they look up.
+
+    Raises:
+        ConfigError: a text without a tokenizer, or one that is shorter than ``length``.
+    """
+    table: Tensor = embedding.weight
     generator = torch.Generator().manual_seed(config.seed)
     if config.init in ("random", "vocabulary"):
         if config.length is None:
             raise ConfigError(f"length=None takes the length of the init text; give a length with init={config.init!r}")
         if config.init == "random":
             start = torch.randn(config.length, table.shape[1], generator=generator).to(table.device)
-            start = table.float().mean(0) + start * table.float().std(0)
+            whole = embedding(torch.arange(len(table), device=table.device)).float()
+            start = whole.mean(0) + start * whole.std(0)
         else:  # the most frequent tokens come first in nearly every vocabulary (Lester et al., section 3.2)
             ids = torch.randint(min(5000, len(table)), (config.length,), generator=generator)
-            start = table[ids.to(table.device)]
+            start = embedding(ids.to(table.device))
     else:
-        start = _of_text(config, model, tokenizer, table)
-    return Prompt(start.float().clone(), model, sites, rotations, config.position_offset)
+        ids = torch.tensor(_ids_of_text(config, model, tokenizer))
+        start = embedding(ids.to(table.device))
+    return start.float().clone()
 
 
-def _of_text(
-    config: PromptConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, table: Tensor
-) -> Tensor:
+def _ids_of_text(config: PromptConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     if tokenizer is None:
         raise ConfigError(
             "a prompt starts from a text, which needs the model's tokenizer: fw.attach(model, config, "
             'tokenizer=tokenizer). Without one, use PromptConfig(init="vocabulary")'
         )
-    ids = tokenizer(config.init or DEFAULT_TEXT)["input_ids"]
+    ids: list[int] = tokenizer(config.init or DEFAULT_TEXT)["input_ids"]
+    if model.config.is_encoder_decoder and ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]  # the text goes on
     if not ids:
         raise ConfigError(f"the text {config.init!r} has no token in this tokenizer")
     length = config.length or len(ids)
@@ -117,8 +135,4 @@ def _of_text(
             f"the init text has {len(ids)} tokens and the prompt {length}; write a longer text, set repeat=True to "
             "repeat it, or length=None to take its own length"
         )
-    chosen = (ids * (length // len(ids) + 1))[:length]
-    layer: Any = model.get_input_embeddings()
-    with torch.no_grad():  # the layer, not its table: some models scale what they look up
-        looked_up: Tensor = layer(torch.tensor(chosen, device=input_device(model)))
-    return looked_up
+    return (ids * (length // len(ids) + 1))[:length]

@@ -196,7 +196,7 @@ def text_inputs(model: PreTrainedModel, length: int = _TOKENS) -> dict[str, Tens
     if type(model).__name__.endswith("ForMultipleChoice"):  # these read (batch, choices, length)
         inputs["input_ids"] = inputs["input_ids"][:, None].expand(-1, 2, -1).contiguous()
     if model.config.is_encoder_decoder:
-        eos = model.config.eos_token_id
+        eos = getattr(model.config, "eos_token_id", None)
         if isinstance(eos, int):  # BART's classification head looks for it
             inputs["input_ids"][0, -1] = eos
         inputs["decoder_input_ids"] = torch.tensor([chosen[:_DECODER_TOKENS]], device=device)

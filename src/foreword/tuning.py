@@ -29,7 +29,7 @@ from foreword.encoders import PrefixEncoder
 from foreword.errors import AttachError, ConfigError
 from foreword.fingerprint import Fingerprint
 from foreword.memory import Recall, SiteMemory
-from foreword.methods import LEARNING_RATES, Config, MemoryConfig, PromptConfig, usual_learning_rate
+from foreword.methods import LEARNING_RATES, Config, PromptConfig, usual_learning_rate
 from foreword.positions import Rotation, find_rotations
 from foreword.prefix import Prefix
 from foreword.sites import Site
@@ -188,34 +188,28 @@ class Tuning:
 
         Args:
             learning_rate: of the first method, where its configuration names none. The others go at what is usual
-                for them.
+                for them, and so does what was loaded.
         """
-        holder, groups = self.holder, []
-        main = [holder.encoder, holder.bias, holder.gate, holder.reading]
-        for i, config in enumerate(self.configs):
-            own: list[nn.Module] = main
-            if isinstance(config, MemoryConfig):
-                own = [holder.memory] if holder.memory is not None else []
-            elif not isinstance(config, PrefixConfig | PromptConfig):
-                own = [holder.weights[config.method]]
-            usual = learning_rate if learning_rate is not None and i == 0 else usual_learning_rate(config)
-            groups.append((own, config.learning_rate or usual))
-        if not self.configs:
-            everything = [*main, *([holder.memory] if holder.memory is not None else []), holder.weights]
-            groups.append((everything, learning_rate or self.usual_learning_rate))
-        elif "head" in holder.weights:
-            groups.append(([holder.weights["head"]], LEARNING_RATES["head"]))
-        found = [
-            {"params": [p for m in own for p in m.parameters() if p.requires_grad], "lr": rate} for own, rate in groups
-        ]
-        return [g for g in found if g["params"]]
-
-    @property
-    def usual_learning_rate(self) -> float:
-        """What the first method is usually trained with."""
-        if self.configs:
-            return usual_learning_rate(self.configs[0])
-        return LEARNING_RATES["mlp" if self.encoder.asks == "condition" else "direct"]
+        holder = self.holder
+        # Where each method's numbers are; those of prefixes, and of prompts that became one, are the first.
+        places: dict[str, list[nn.Module]] = {
+            "direct": [holder.encoder, holder.bias, holder.gate, holder.reading],
+            "memory": [holder.memory] if holder.memory is not None else [],
+            **{method: [part] for method, part in holder.weights.items()},
+        }
+        wanted = []
+        for config in self.configs:
+            own = config.method if not isinstance(config, PrefixConfig) and config.method in places else "direct"
+            wanted.append((places.pop(own), config.learning_rate, usual_learning_rate(config)))
+        loaded = {**LEARNING_RATES, "direct": LEARNING_RATES["mlp" if self.encoder.asks == "condition" else "direct"]}
+        wanted += [(own, None, loaded[method]) for method, own in places.items()]
+        groups: list[dict[str, Any]] = []
+        for modules, rate, usual in wanted:
+            chosen = [p for m in modules for p in m.parameters() if p.requires_grad]
+            if chosen:
+                first = learning_rate if not groups else None
+                groups.append({"params": chosen, "lr": rate or first or usual})
+        return groups
 
     def add_gates(self, kind: str, sites: Sequence[Site]) -> None:
         """Learned weights per head: ``"head"`` and ``"input"`` from 1, ``"zero"`` from a closed gate."""

@@ -219,7 +219,10 @@ def test_train_takes_other_methods(run, folder, data, tmp_path, how, methods):
     code, out, err = run("inspect", tmp_path / "p")
     assert code == 0 and all(f"with {m}: " in out for m in methods), err
     assert ("seen by: infix:1" in out) == ("infix:1" in how)
-    assert json.loads(run("inspect", tmp_path / "p", "--json")[1])["parameters"] == prefix.num_parameters
+    record = json.loads(run("inspect", tmp_path / "p", "--json")[1])
+    assert record["parameters"] == prefix.num_parameters
+    ranks = {s["memory_rank"] for s in record["sites"]}
+    assert ranks <= {None} if "memory" not in how else ranks == {2} and "rank 2" in out
     code, out, err = run("generate", "--model", folder, "--prefix", tmp_path / "p", "--prompt", "The film", "--json")
     assert code == 0, err
 

@@ -139,6 +139,7 @@ TOGETHER = {
     "prefix and memory": [fw.PrefixConfig(length=3, init="random"), fw.MemoryConfig(rank=2)],
     "prefix and lora": [fw.PrefixConfig(length=3, init="random"), fw.LoRAConfig(rank=2)],
     "prompt": [fw.PromptConfig(length=3, init="random", learning_rate=0.1)],
+    "prompt before t5": [fw.PromptConfig(length=3, init="random")],
     "adapter and bitfit": [fw.AdapterConfig(width=4), fw.BitFitConfig(missing="add")],
     "full": [fw.FullConfig(parameters=r".*layers\.1\..*")],
 }
@@ -148,7 +149,7 @@ TOGETHER = {
 def test_methods_resume_together_each_at_its_rate(case, tmp_path):
     found = []
     for part in ("whole", "cut", "resumed"):
-        model = zoo.build("llama")
+        model = zoo.build("t5" if case.endswith("t5") else "llama")
         tuning = fw.attach(model, TOGETHER[case])
         made = tiny.trainer(model, tmp_path / ("whole" if part == "whole" else "cut"),
                             **({"num_train_epochs": 1} if part != "cut" else {}))  # fmt: skip

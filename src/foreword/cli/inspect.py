@@ -46,6 +46,7 @@ def describe(prefix: Prefix) -> dict[str, Any]:
             "value_norm": _norm(prefix.values[s.name]),
             "gated": any(s.name in gates for gates in (prefix.bias, prefix.gates, prefix.readings)),
             "memory": s.name in prefix.memory,
+            "memory_rank": up.shape[1] if (up := prefix.memory_up.get(s.name)) is not None else None,
         }
         for s in prefix.sites
     ]
@@ -88,6 +89,8 @@ def _print(folder: Path, prefix: Prefix, record: dict[str, Any]) -> None:
     console.print(f"text starts at position {prefix.position_offset}")
     if prefix.visible.kind != "all":
         console.print(f"seen by: {record['visible']}")
+    if ranks := sorted({s["memory_rank"] for s in record["sites"]} - {None}):
+        console.print(f"memory of rank {', '.join(map(str, ranks))}, stored as two factors")
     for part in record["parts"]:
         console.print(f"with {part['method']}: {part['parameters']:,} numbers")
     if not record["sites"]:

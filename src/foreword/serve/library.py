@@ -213,10 +213,10 @@ def _stack(each: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(each)) if len(each) > 1 else each[0].unsqueeze(0)
 
 
-def _memory(site: str, here: Sequence[Prefix | None], shape: tuple[int, ...], like: Tensor) -> SiteMemory | None:
+def _memory(site: str, here: Sequence[Prefix | None], shape: tuple[int, int, int], like: Tensor) -> SiteMemory | None:
+    """The tasks' memories at a site: factors where all have the same rank, else whole matrices."""
     holders = [p for p in here if p is not None and site in p.memory]
-    matrix = _stacked([p.memory.get(site) if p else None for p in here], shape, like)
-    if matrix is None:
+    if not holders:
         return None
     if len({p.recall for p in holders}) > 1:
         raise AttachError(
@@ -224,7 +224,23 @@ def _memory(site: str, here: Sequence[Prefix | None], shape: tuple[int, ...], li
         )
     recall = holders[0].recall
     rotation = holders[0].rotations.get(site) if recall.queries == "plain" else None
-    return SiteMemory(matrix, None, recall.activation, rotation)
+    heads, dim, out = shape
+    ranks = {up.shape[1] if (up := p.memory_up.get(site)) is not None else None for p in holders}
+    rank = ranks.pop() if len(ranks) == 1 else None
+    if rank is None:
+        matrix = _stacked([_whole(p, site) if p else None for p in here], (heads, dim, out), like)
+        up = None
+    else:
+        matrix = _stacked([p.memory.get(site) if p else None for p in here], (heads, dim, rank), like)
+        up = _stacked([p.memory_up.get(site) if p else None for p in here], (heads, rank, out), like)
+    assert matrix is not None
+    return SiteMemory(matrix, up, recall.activation, rotation)
+
+
+def _whole(prefix: Prefix, site: str) -> Tensor | None:
+    """A memory multiplied out: ``(heads, key_dim, value_dim)``."""
+    matrix, up = prefix.memory.get(site), prefix.memory_up.get(site)
+    return matrix if matrix is None or up is None else matrix @ up
 
 
 def _padded(tensor: Tensor | None, length: int, like: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from foreword.config import PrefixConfig
 from foreword.errors import AttachError, DivergedError, PrefixFileError
+from foreword.methods import usual_learning_rate
 from foreword.train.arguments import PrefixTrainingArguments
 from foreword.train.curves import draw_curves
 from foreword.tuning import Tuning, tuning_of
@@ -212,7 +213,7 @@ def load_training_state(tuning: Tuning, folder: Path) -> None:
 
 def _settle_learning_rate(args: TrainingArguments, tuning: Tuning) -> None:
     first = tuning.configs[0] if tuning.configs else None
-    usual = tuning.usual_learning_rate
+    usual = usual_learning_rate(first) if first is not None else tuning.parameter_groups()[0]["lr"]
     if args.learning_rate is None:
         args.learning_rate = (first.learning_rate if first is not None else None) or usual
     elif args.learning_rate <= usual / 100:
