@@ -1,9 +1,9 @@
 """Every generative method under one budget: the same reviews, steps and batches; what it learns, and what it costs.
 
 How favourable IMDB reviews end (the packaged reviews of `make demo`), or a table-to-text set of your own such as E2E:
-JSONL files with `input` and `output` (or `references`). Printed is the negative log-likelihood of held-out outputs before and after, in
-nats a token. One seed, and the learning rates that the methods start from by default, not tuned: a look at all of
-them, not a verdict.
+JSONL files with `input` and `output` (or `references`). Printed is the negative log-likelihood of held-out outputs
+before and after, in nats a token. One seed, and the learning rates that the methods start from by default, not tuned:
+a look at all of them, not a verdict.
 
     python benchmarks/methods.py [--steps 24] [--only prefix memory]
     python benchmarks/methods.py --train E2E/train.jsonl --valid E2E/valid.jsonl --init "These are facts about a ..."
@@ -96,7 +96,7 @@ def reviews() -> tuple[list, list]:
 def from_files(options) -> tuple[list, list]:
     """Two files' inputs and outputs, as many as are needed."""
     chosen = []
-    for path, n in ((options.train, options.steps * options.batch), (options.valid, 96)):
+    for path, n in ((options.train, options.steps * options.batch), (options.valid, 48)):
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         random.Random(0).shuffle(rows)
         outputs = [r["output"] if "output" in r else r["references"][0] for r in rows[:n]]
