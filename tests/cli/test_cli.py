@@ -171,6 +171,7 @@ def test_where_limit_and_columns_choose_the_data(run, folder, data, tmp_path):
     "how",
     [
         ("--reparam", "mlp", "--hidden", 8, "--gate", "head"),
+        ("--reparam", "mlp", "--hidden", 8, "--share-layers", "--per-kind"),
         ("--reparam", "low-rank", "--rank", 2, "--freeze-first", "--dropout", 0.1),
         (
             "--init",
@@ -351,3 +352,18 @@ def test_doctor_looks_at_this_machine(run, monkeypatch):
     code, out, err = run("doctor")
     assert code == 1 and "missing; get it with: pip install no-such-module" in out
     assert "DISAGREES" in out and "problem: the cpu attention kernel is off by" in err
+
+
+def test_generate_refuses_a_prefix_that_wants_a_vector(run, folder, tmp_path):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    config = fw.PrefixConfig(length=2, init="random", reparam="mlp", hidden=4, condition=3)
+    tuning = fw.attach(model, config)
+    tuning.bake().save(tmp_path / "p")
+    tuning.bake(condition=torch.zeros(3)).save(tmp_path / "plain")
+    assert "condition" in run("inspect", tmp_path / "p")[1]
+    given = ("generate", "--model", folder, "--prompt", "The film", "--max-new-tokens", 2, "--prefix")
+    code, out, err = run(*given, tmp_path / "p")
+    assert code == 1 and not out and "given(vector)" in err
+    assert run(*given, tmp_path / "plain", "--force")[0] == 0

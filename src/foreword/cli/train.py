@@ -57,6 +57,8 @@ def run(
     reparam: Annotated[Reparam, Option(help="What is trained.", rich_help_panel=_PREFIX)] = Reparam.direct,
     depth: Annotated[int, Option(help="Layers of the MLP.", rich_help_panel=_PREFIX)] = 2,
     hidden: Annotated[int, Option(help="Width of the MLP.", rich_help_panel=_PREFIX)] = 512,
+    per_kind: Annotated[bool, Option("--per-kind", help="An MLP for each kind of attention instead of one for all.", rich_help_panel=_PREFIX)] = False,
+    share_layers: Annotated[bool, Option("--share-layers", help="One small MLP that makes each layer's tokens in turn.", rich_help_panel=_PREFIX)] = False,
     rank: Annotated[int, Option(help="Rank of the low-rank change, and of LoRA.", rich_help_panel=_PREFIX)] = 8,
     memory_rank: Annotated[int | None, Option(help="Rank of a memory; without it the memory is whole.", rich_help_panel=_PREFIX)] = None,
     width: Annotated[int, Option(help="Width of adapters.", rich_help_panel=_PREFIX)] = 32,
@@ -115,7 +117,8 @@ def run(
             Method.prefix: lambda: PrefixConfig(
                 length=length, init=init, repeat=repeat, reparam=reparam.value, depth=depth, hidden=hidden, rank=rank,
                 dropout=dropout, freeze_first=freeze_first, gate=cast("Any", None if gate is Gate.none else gate.value),
-                visible=visible, position_offset=position_offset, seed=seed, **where_to,
+                visible=visible, position_offset=position_offset, seed=seed, per_kind=per_kind,
+                share="layers" if share_layers else None, **where_to,
             ),
             Method.memory: lambda: methods.MemoryConfig(rank=memory_rank, seed=seed, **where_to),
             Method.prompt: lambda: methods.PromptConfig(
