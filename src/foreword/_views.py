@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foreword.errors import AttachError
-from foreword.memory import SiteMemory, by_head
+from foreword.memory import SiteMemory
 from foreword.visibility import Visibility
 
 
@@ -134,8 +134,8 @@ def _read_off(reading: Tensor, rows: Tensor | None, query: Tensor) -> Tensor:
     reading = reading.to(query)
     reading = reading if reading.dim() == 3 else reading[None]
     own = reading if rows is None or len(reading) == 1 else reading[rows]
-    offset = own[..., -1:, None]  # (B|1, H, 1, 1)
-    scores = by_head(query, reading[..., :-1, None], rows) + offset
+    weights, offset = own[..., None, :-1], own[..., -1:, None]  # (B|1, H, 1, D) and (B|1, H, 1, 1)
+    scores = (query * weights).sum(-1, keepdim=True) + offset  # on CPUs twice as fast as a product with one column
     return torch.nn.functional.logsigmoid(scores) + math.log(2)
 
 

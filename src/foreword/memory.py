@@ -53,25 +53,21 @@ class SiteMemory:
         """
         if self.rotation is not None:
             query = _turned_back(query, self.rotation, kwargs.get("position_ids"))
-        out = _ACTIVATIONS[self.activation](query)
-        for matrix in (self.matrix, self.up):
-            if matrix is not None:
-                out = by_head(out, matrix.to(query), rows)
-        return out.transpose(1, 2)
-
-
-def by_head(states: Tensor, matrices: Tensor, rows: Tensor | None) -> Tensor:
-    """Each head's states by its matrix: ``(B, H, S, D)`` by ``(T, H, D, E)`` -> ``(B, H, S, E)``.
-
-    Args:
-        rows: ``(R,)`` the task of each row. When there is one for all it is one product a head, and one for the
-            matrix's gradient.
-    """
-    batch, heads, length, dim = states.shape
-    if rows is not None and len(matrices) > 1:
-        return states @ matrices[rows.to(states.device).repeat_interleave(batch // len(rows))]
-    folded = states.transpose(0, 1).reshape(heads, batch * length, dim) @ matrices[0]
-    return folded.view(heads, batch, length, -1).transpose(0, 1)
+        factors = [m.to(query) for m in (self.matrix, self.up) if m is not None]
+        activate = _ACTIVATIONS[self.activation]
+        if rows is not None and len(factors[0]) > 1:
+            task = rows.to(query.device).repeat_interleave(len(query) // len(rows))
+            out = activate(query)
+            for matrices in factors:
+                out = out @ matrices[task]
+            return out.transpose(1, 2)
+        # One memory for all rows: a product a head, on a copy that the activation may write into.
+        batch, heads, length, dim = query.shape
+        out = query.transpose(0, 1).clone(memory_format=torch.contiguous_format).view(heads, batch * length, dim)
+        out = nn.functional.elu(out, inplace=True) if self.activation == "elu" else activate(out)
+        for matrices in factors:
+            out = torch.bmm(out, matrices[0])
+        return out.view(heads, batch, length, -1).permute(1, 2, 0, 3)
 
 
 def _turned_back(query: Tensor, rotation: Rotation, positions: Any) -> Tensor:
