@@ -92,9 +92,9 @@ def _extend(mask: Any, prefix: BatchPrefix, query: Tensor) -> Any:
 def _extend_block_mask(mask: Any, prefix: BatchPrefix, query: Tensor) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if prefix.bias is not None:
+    if prefix.bias is not None or (prefix.visible is not None and prefix.visible.dtype != torch.bool):
         raise AttachError(
-            "flex_attention cannot weigh a prefix by head here; load the model with attn_implementation='sdpa'"
+            "flex_attention cannot weigh a prefix by head or token here; load the model with attn_implementation='sdpa'"
         )
     length, inner, visible = prefix.length, mask.mask_mod, prefix.visible
 

@@ -84,7 +84,7 @@ def extend_mask(mask: Tensor, prefix: int, visible: Tensor | None, bias: Tensor 
     Args:
         mask: ``(B|1, 1|H, S|1, N)``, bool or additive.
         prefix: P, the number of columns to add.
-        visible: ``(B, P)`` bool, or None when every row sees all of the prefix.
+        visible: ``(B, P)`` bool, or numbers added to the scores; None when every row sees all of the prefix.
         bias: ``(B|1, H|1, S|1, 1)`` added to the scores of the prefix, or None. Makes the mask additive.
 
     Returns:
@@ -93,12 +93,13 @@ def extend_mask(mask: Tensor, prefix: int, visible: Tensor | None, bias: Tensor 
     if visible is None and bias is None:
         return remembered(mask, ("extended", prefix), lambda: _prepend(mask, None, prefix))
     columns = visible[:, None, None, :] if visible is not None else None
-    if bias is None and mask.dtype == torch.bool:
+    counts = columns is not None and columns.dtype != torch.bool
+    if bias is None and mask.dtype == torch.bool and not counts:
         return _prepend(mask, columns, prefix)
     dtype = mask.dtype if mask.dtype != torch.bool else (bias.dtype if bias is not None else torch.float32)
     scores = torch.zeros(1, 1, 1, prefix, dtype=dtype, device=mask.device)
     if columns is not None:
-        scores = scores.masked_fill(~columns, -torch.inf)
+        scores = scores + columns.to(dtype) if counts else scores.masked_fill(~columns, -torch.inf)
     if bias is not None:
         scores = scores + bias.to(dtype)
     return _prepend(additive(mask, dtype), scores, prefix)

@@ -23,7 +23,8 @@ class SitePrefix:
     keys: Tensor  # (T, G, P, key_dim)
     values: Tensor  # (T, G, P, value_dim)
     rows: Tensor | None = None  # (R,) the task of each row; B must be a multiple of R. None: T is 1, or one a row
-    visible: Tensor | None = None  # (T, P) bool, False where a shorter task is padded. None: all
+    # (T, P) bool, False where a shorter task is padded; or log-weights of the tokens, added to their scores. None: all
+    visible: Tensor | None = None
     bias: Tensor | None = None  # (H,) or (T, H), added to the prefix's log-sum-exp
     gate: Tensor | None = None  # (H,) or (T, H): if given, o1 + gate * o2 instead of one softmax
     gated: Tensor | None = None  # (T,) bool: the tasks that `gate` is for. None: all
@@ -85,7 +86,7 @@ class BatchPrefix:
 
     keys: Tensor  # (Bp, G, P, key_dim)
     values: Tensor  # (Bp, G, P, value_dim)
-    visible: Tensor | None = None  # (Bp, P) bool
+    visible: Tensor | None = None  # (Bp, P) bool or log-weights
     bias: Tensor | None = None  # (B|1, H|1, S|1, 1) added to the prefix's log-sum-exp
     gate: Tensor | None = None  # (B|1, H|1, S|1, 1): with it and no bias, all rows' softmaxes stay apart
 

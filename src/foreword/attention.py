@@ -228,8 +228,13 @@ def _gated(prefix: BatchPrefix, query: Tensor, scaling: float | None) -> Tensor:
     batch = query.shape[0]
     mask, seen = None, None
     if prefix.visible is not None:
-        seen = prefix.visible.any(-1)[:, None, None, None]
-        mask = prefix.visible[:, None, None, :] | ~seen  # an empty softmax is not a number: zeroed below
+        tokens = prefix.visible if prefix.visible.dtype == torch.bool else prefix.visible > -torch.inf
+        seen = tokens.any(-1)[:, None, None, None]
+        mask = tokens[:, None, None, :] | ~seen  # an empty softmax is not a number: zeroed below
+        if tokens is not prefix.visible:
+            mask = torch.where(mask & seen, prefix.visible[:, None, None, :].to(query), 0.0).masked_fill(
+                ~mask, -torch.inf
+            )
     out = torch.nn.functional.scaled_dot_product_attention(
         query,
         prefix.keys.expand(batch, -1, -1, -1),
