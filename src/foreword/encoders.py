@@ -35,6 +35,8 @@ class PrefixEncoder(nn.Module):
     Attributes:
         asks: what ``forward`` must be given: ``"task"``, numbers ``(T',)`` of the tasks wanted, which then stand in
             front of all shapes; ``"condition"``, ``(R, C)`` vectors, likewise; None: nothing.
+        active: how many tokens there are yet, of a prefix that grows; None: all.
+        opening: weight of the newest of them while they come in: ``(how many, from 0 to 1)``.
     """
 
     asks: Literal["task", "condition"] | None = None
@@ -44,6 +46,8 @@ class PrefixEncoder(nn.Module):
         super().__init__()
         self.names = list(start)
         self.longest = max((k.shape[-2] for k, _ in start.values()), default=0)
+        self.active: int | None = None
+        self.opening: tuple[int, float] | None = None
         self.freeze_first = freeze_first
         self.dropout = dropout
         if any(v.dim() == 4 for _, v in start.values()):
@@ -67,7 +71,29 @@ class PrefixEncoder(nn.Module):
                 (self._with_first(f"first_keys_{i}", k, given), self._with_first(f"first_values_{i}", v, given))
                 for i, (k, v) in enumerate(states)
             ]
+        if self.active is not None:
+            states = [(k[..., : self.active, :], v[..., : self.active, :]) for k, v in states]
         return dict(zip(self.names, states, strict=True))
+
+    def log_weights(self, keys: Tensor) -> Tensor | None:
+        """Of a site's tokens, ``(1|T, P)`` for keys ``([T,] G, P, dim)``, while some come in; None: all count fully."""
+        if self.opening is None or self.active is None:
+            return None
+        count, weight = self.opening
+        each = torch.ones(self.active, device=keys.device)
+        each[self.active - count :] = weight
+        return each[: keys.shape[-2]].log().expand(len(keys) if keys.dim() == 4 else 1, -1)
+
+    def by_token(self) -> list[nn.Parameter]:
+        """The parameters that have a row a token, in the last dimension but one."""
+        return []
+
+    def get_extra_state(self) -> Tensor:
+        """How many tokens there are, for a checkpoint; 0: all."""
+        return torch.tensor([self.active or 0])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.active = int(state[0]) or None
 
     def of_tasks(self, tensor: Tensor, given: Tensor | None) -> Tensor:
         """``(T, ...)`` -> the tasks given; anything else is for all of them."""
@@ -112,6 +138,9 @@ class Direct(PrefixEncoder):
         self.share_keys = share_keys
         self.keys = nn.ParameterList([k for k, _ in trained])
         self.values = nn.ParameterList([v for _, v in trained])
+
+    def by_token(self) -> list[nn.Parameter]:
+        return [*self.keys, *self.values]
 
     def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         values = [self.of_tasks(v, given) for v in self.values]
@@ -210,6 +239,9 @@ class MLP(_Produced):
                 nn.init.zeros_(last.bias)
             self.nets.append(nn.Sequential(*layers, last))
 
+    def by_token(self) -> list[nn.Parameter]:
+        return [*self.embeddings]
+
     def _made_at_once(self, group: list[int], share_layers: bool) -> list[int]:
         """The sites that a row of the MLP's output is for."""
         if not share_layers:
@@ -258,6 +290,9 @@ class LowRank(_Produced):
         super().__init__(start, freeze_first=freeze_first, dropout=dropout, residual=True)
         self.tokens = nn.Parameter(torch.randn(*self.tasks, self.length, rank))
         self.up = nn.Parameter(torch.zeros(rank, sum(self.widths(range(len(self.names))))))
+
+    def by_token(self) -> list[nn.Parameter]:
+        return [self.tokens]
 
     def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         return self.cut(self.of_tasks(self.tokens, given) @ self.up, range(len(self.names)), given)

@@ -50,6 +50,9 @@ class Prompt(PrefixEncoder):
         self.rotations = dict(rotations)
         self.position_offset = position_offset
 
+    def by_token(self) -> list[nn.Parameter]:
+        return [self.embeddings]
+
     def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         model: PreTrainedModel = self.__dict__["model"]
         backbone: Any = getattr(model, model.base_model_prefix, model)

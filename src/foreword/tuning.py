@@ -252,6 +252,7 @@ class Tuning:
                 keys if keys.dim() == 4 else keys.unsqueeze(0),
                 values if values.dim() == 4 else values.unsqueeze(0),
                 rows,
+                self.encoder.log_weights(keys),
                 bias=self.bias_at(i, self._strength),
                 gate=self.gate_at(i, self._strength),
                 reading=self.reading_at(i),
@@ -259,6 +260,11 @@ class Tuning:
                 memory=self._memory(site, memory),
             )
         return views
+
+    def grow_to(self, active: int, opening: tuple[int, float] | None = None) -> None:
+        """Let the first ``active`` virtual tokens stand; the newest may come in slowly (``PrefixEncoder.opening``)."""
+        self.encoder.active, self.encoder.opening = active, opening
+        self._passes.forget()
 
     def reading_at(self, i: int) -> Tensor | None:
         return self.holder.reading[str(i)] if str(i) in self.holder.reading else None  # noqa: SIM401

@@ -40,6 +40,30 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
+    return _save(figure, path)
+
+
+def draw_growth(report: Mapping[str, Any], path: Path) -> Path:
+    """Draw the best validation loss at each length of a prefix that grew (``growth_report``)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    known = [(c["length"], c["best_eval_loss"]) for c in report["curve"] if c["best_eval_loss"] is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), marker="o")
+        axes.axvline(report["recommended_length"], color="C2", linestyle="--", label="recommended")
+        axes.legend()
+    axes.set_xlabel("virtual tokens")
+    axes.set_ylabel("best validation loss (nats a token)")
+    axes.grid(alpha=0.3)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Under a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=120, format="png")
