@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from foreword.config import PrefixConfig
@@ -26,6 +28,9 @@ from foreword.errors import AttachError, DivergedError, PrefixFileError
 from foreword.methods import usual_learning_rate
 from foreword.train.arguments import PrefixTrainingArguments
 from foreword.train.curves import draw_curves
+from foreword.train.rollback import EVENT as ROLLED_BACK
+from foreword.train.rollback import RollBack
+from foreword.train.stages import LayerByLayer
 from foreword.tuning import Tuning, tuning_of
 
 STATE = "training_state.safetensors"
@@ -75,28 +80,58 @@ class PrefixTrainer(Trainer):
         columns = cast(list[str], self._signature_columns)
         columns += [name for name in _GIVEN if name not in columns]
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the stages where there are any (``LayerByLayer``), else the arguments'."""
+        stages = next((c for c in self.callback_handler.callbacks if isinstance(c, LayerByLayer)), None)
+        if stages is not None and self.lr_scheduler is None:
+            factor = stages.learning_rate_factor(self.args.learning_rate)
+            self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), factor)
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # ---------------------------------------------------------------- watching for divergence
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss).all():
-            self._stop(f"the loss is {float(loss)}", inputs)
+            what = f"the loss is {float(loss)}"
+            # One process of several sees only its own rows: there the gradient tells all of them, once it is shared.
+            if self.args.world_size > 1 and self._recovery is not None:
+                return loss
+            if self._rolled_back(what):
+                return torch.zeros_like(loss)
+            self._stop(what, inputs)
         self._good = [p.detach().clone() for p in self.tuning.parameters()]
         return loss
 
+    @property
+    def _recovery(self) -> RollBack | None:
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, RollBack)), None)
+
+    def _rolled_back(self, what: str) -> bool:
+        """Whether a :class:`RollBack` took the run back to where it was well."""
+        recovery = self._recovery
+        return recovery is not None and recovery.recover(self.state, self.optimizer, self.lr_scheduler, what)
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         result = super()._clip_grad_norm(model)
-        norm = float(result)
-        if not math.isfinite(norm):
-            self._stop(f"the gradient's norm is {norm}", None)
-        factor = getattr(self.args, "explode_factor", 1000.0)
-        if len(self._norms) >= 10 and norm > factor * statistics.median(self._norms):
-            self._stop(
-                f"the gradient's norm is {norm:.3g}, {factor:g} times the usual {statistics.median(self._norms):.3g}",
-                None,
-            )
-        self._norms.append(norm)
+        if what := self._wrong_with(float(result)):
+            if self._rolled_back(what):
+                return torch.zeros_like(result)
+            self._stop(what, None)
+        self._norms.append(float(result))
         return result
+
+    def _wrong_with(self, norm: float) -> str:
+        """What a gradient's norm says of divergence; empty: nothing."""
+        if not math.isfinite(norm):
+            return f"the gradient's norm is {norm}"
+        factor = getattr(self.args, "explode_factor", 1000.0)
+        usual = statistics.median(self._norms) if len(self._norms) >= 10 else math.inf
+        if norm > factor * usual:
+            return f"the gradient's norm is {norm:.3g}, {factor:g} times the usual {usual:.3g}"
+        return ""
 
     def _stop(self, what: str, inputs: dict[str, Any] | None) -> None:
         """Save the last good prefix and raise."""
@@ -143,6 +178,8 @@ class PrefixTrainer(Trainer):
             for name in ("loss", "eval_loss"):
                 if name in entry and name not in record:
                     record[name] = entry[name]
+        if rolled_back := [e for e in self.state.log_history if ROLLED_BACK in e]:
+            record[ROLLED_BACK] = rolled_back
         return record
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

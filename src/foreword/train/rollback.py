@@ -1,0 +1,95 @@
+"""Back to the last good state with a smaller step, instead of an end: what a run does about divergence.
+
+Without it a loss or a gradient that leaves the finite, or a gradient far beyond the usual, stops the run
+(``DivergedError``). With it the parameters and the optimizer's state go back to a copy made some steps ago, every
+learning rate shrinks, and the run goes on with the next batch. What happened is in the log and in the prefix's file.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from foreword.errors import ConfigError
+from foreword.tuning import tuning_of
+
+_State = tuple[int, list[Tensor], list[dict[str, Any]]]  # the step; parameters; what the optimizer knows of each
+EVENT = "rolled_back"  # a line of the Trainer's log, which checkpoints keep
+
+
+@dataclass
+class RollBack(TrainerCallback):
+    """Recover from divergence: ``PrefixTrainer(..., callbacks=[RollBack()])``.
+
+    Attributes:
+        times: how often in one run; then it stops as it would have.
+        factor: what every learning rate is multiplied by each time.
+        every: steps between copies. A copy is as large as what is trained and its optimizer state.
+    """
+
+    times: int = 3
+    factor: float = 1 / 3
+    every: int = 10
+    _parameters: list[nn.Parameter] = field(default_factory=list, init=False, repr=False)
+    _good: _State | None = field(default=None, init=False, repr=False)
+    _untried: _State | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.times < 1 or self.every < 1 or not 0 < self.factor < 1:
+            raise ConfigError(
+                f"RollBack(times={self.times}, factor={self.factor:g}, every={self.every}); expected 1 or more times "
+                "and steps, and a factor between 0 and 1"
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        tuning = tuning_of(kwargs["model"])
+        assert tuning is not None
+        self._parameters = list(tuning.parameters())
+        self._good = self._copied(state, kwargs["optimizer"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._untried = self._copied(state, kwargs["optimizer"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._untried is not None:  # a loss and a gradient were computed from it, and were well
+            self._good, self._untried = self._untried, None
+
+    @torch.no_grad()
+    def recover(self, state: TrainerState, optimizer: Any, scheduler: Any, what: str) -> bool:
+        """Go back, if that may be done once more."""
+        done = sum(EVENT in entry for entry in state.log_history)
+        if self._good is None or done >= self.times:
+            return False
+        self._untried = None
+        step, numbers, states = self._good
+        for parameter, number, kept in zip(self._parameters, numbers, states, strict=True):
+            parameter.copy_(number)
+            parameter.grad = None  # what led here is not applied
+            optimizer.state[parameter] = copy.deepcopy(kept)
+        for group in optimizer.param_groups:
+            group["lr"] *= self.factor
+        scheduler.base_lrs = [rate * self.factor for rate in scheduler.base_lrs]
+        event: dict[str, Any] = {EVENT: done + 1, "step": state.global_step, "to_step": step, "because": what}
+        state.log_history.append(event)
+        warnings.warn(
+            f"{what} at step {state.global_step + 1}: went back to step {step} with {self.factor:.2g} of the learning "
+            f"rate ({done + 1} of {self.times} times)",
+            stacklevel=2,
+        )
+        return True
+
+    def _copied(self, state: TrainerState, optimizer: Any) -> _State:
+        numbers = [p.detach().clone() for p in self._parameters]
+        states = [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in self._parameters]
+        return state.global_step, numbers, states
