@@ -35,18 +35,19 @@ def same(a, b):
 
 
 @pytest.mark.slow
-def test_a_run_killed_six_times_ends_with_the_same_prefix(tmp_path):
+@pytest.mark.parametrize("strategy", ["plain", "growth", "stages", "rollback"])
+def test_a_run_killed_six_times_ends_with_the_same_prefix(strategy, tmp_path):
     sys.path.insert(0, str(SCRIPTS))
     try:
         import run_tiny
     finally:
         sys.path.remove(str(SCRIPTS))
     read, write = os.pipe()
-    run_tiny.train(tmp_path / "whole", write)
+    run_tiny.train(tmp_path / "whole", write, strategy)
     os.close(read)
     os.close(write)
     out, seed = tmp_path / "killed", time.time_ns()
-    process = start(SCRIPTS / "run_tiny.py", out, seed)
+    process = start(SCRIPTS / "run_tiny.py", out, seed, strategy)
     printed, err = process.communicate(timeout=400)
     told = f"seed {seed}\n{printed}\n{err[-3000:]}"
     assert process.returncode == 0, told
@@ -55,8 +56,12 @@ def test_a_run_killed_six_times_ends_with_the_same_prefix(tmp_path):
     assert fw.Prefix.load(out / "final") == fw.Prefix.load(tmp_path / "whole" / "final"), told
     logs = [json.loads((p / "checkpoint-14" / "trainer_state.json").read_text())["log_history"]
             for p in (tmp_path / "whole", out)]  # fmt: skip
-    first, second = ([(e["step"], e["loss"]) for e in log] for log in logs)
+    first, second = ([(e["step"], e["loss"]) for e in log if "loss" in e] for log in logs)
     assert first == second and len(first) == 14, told
+    for event, least in (("prefix_length", 2), ("rolled_back", 3)):
+        happened = [[e for e in log if event in e] for log in logs]
+        expected = least if event == {"growth": "prefix_length", "rollback": "rolled_back"}.get(strategy) else 0
+        assert happened[0] == happened[1] and len(happened[0]) >= expected, told
 
 
 @pytest.mark.slow

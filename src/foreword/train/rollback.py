@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +54,13 @@ class RollBack(TrainerCallback):
         tuning = tuning_of(kwargs["model"])
         assert tuning is not None
         self._parameters = list(tuning.parameters())
-        self._good = self._copied(state, kwargs["optimizer"])
+        if self._good is None:  # else a checkpoint brought it
+            self._good = self._copied(state, kwargs["optimizer"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._good, self._untried = None, None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
@@ -89,7 +96,36 @@ class RollBack(TrainerCallback):
         )
         return True
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The copies, for a checkpoint: a run that goes on may have to go back to before it."""
+        found: dict[str, Tensor] = {}
+        for name, kept in (("good", self._good), ("untried", self._untried)):
+            if kept is None:
+                continue
+            step, numbers, states = kept
+            found[f"{name}.step"] = torch.tensor(step)
+            for i, (number, state) in enumerate(zip(numbers, states, strict=True)):
+                found[f"{name}.{i}.number"] = number
+                found |= {f"{name}.{i}.state.{key}": torch.as_tensor(value) for key, value in state.items()}
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what :meth:`tensors` gave."""
+        self._good, self._untried = (_unpacked(tensors, name) for name in ("good", "untried"))
+
     def _copied(self, state: TrainerState, optimizer: Any) -> _State:
         numbers = [p.detach().clone() for p in self._parameters]
         states = [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in self._parameters]
         return state.global_step, numbers, states
+
+
+def _unpacked(tensors: Mapping[str, Tensor], name: str) -> _State | None:
+    if f"{name}.step" not in tensors:
+        return None
+    numbers: list[Tensor] = []
+    states: list[dict[str, Any]] = []
+    while (number := tensors.get(f"{name}.{len(numbers)}.number")) is not None:
+        start = f"{name}.{len(numbers)}.state."
+        states.append({k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)})
+        numbers.append(number)
+    return int(tensors[f"{name}.step"]), numbers, states

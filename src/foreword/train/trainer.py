@@ -34,6 +34,7 @@ from foreword.train.stages import LayerByLayer
 from foreword.tuning import Tuning, tuning_of
 
 STATE = "training_state.safetensors"
+WATCH = "watch.safetensors"
 LAST_GOOD = "last-good"
 _GIVEN = ("condition", "task")
 
@@ -181,6 +182,23 @@ class PrefixTrainer(Trainer):
         if rolled_back := [e for e in self.state.log_history if ROLLED_BACK in e]:
             record[ROLLED_BACK] = rolled_back
         return record
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """With what the watch over divergence has seen, so that a run that goes on decides as if it had not stopped."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            seen = {"norms": torch.tensor(list(self._norms), dtype=torch.float64)}
+            if self._recovery is not None:
+                seen |= self._recovery.tensors()
+            save_file({k: t.cpu().contiguous() for k, t in seen.items()}, Path(output_dir) / WATCH)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint) / WATCH).is_file():
+            seen = load_file(path)
+            self._norms.extend(seen.pop("norms").tolist())
+            if self._recovery is not None:
+                self._recovery.load(seen)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_training_state(self.tuning, Path(resume_from_checkpoint))

@@ -1,4 +1,4 @@
-"""A run that is killed again and again: `run_tiny.py OUT SEED` trains in forked processes, prints how each ended.
+"""A run that is killed again and again: `run_tiny.py OUT SEED STRATEGY` trains in forks and prints how each ended.
 
 One import for all of them; every child is a process of its own that is really killed.
 """
@@ -10,11 +10,16 @@ import random
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import tiny
 import torch
 import transformers
+
+from foreword.train.growth import Growth
+from foreword.train.rollback import RollBack
+from foreword.train.stages import LayerByLayer, Stage
 
 
 class Slow(transformers.TrainerCallback):
@@ -28,22 +33,54 @@ class Slow(transformers.TrainerCallback):
         time.sleep(0.01)
 
 
-def train(out, pipe):
+MLP = {"reparam": "mlp", "hidden": 16, "dropout": 0.1}
+
+
+def strategy(name):
+    """The prefix, callbacks and arguments of one way to train."""
+    if name == "growth":
+        watched = {"eval_strategy": "steps", "eval_steps": 1, "valid": tiny.rows(4, seed=9)}
+        return {**MLP, "length": 9}, [Growth(start=2, step=3, threshold=10.0, settle=3)], watched
+    if name == "stages":
+        stages = [Stage("last:1", 5), Stage("first:1", 4, learning_rate=0.01), Stage(None, 5)]
+        return {"gate": "head", "dropout": 0.1}, [LayerByLayer(stages)], {}
+    if name == "rollback":  # three steps in a row, as far from usual as it takes
+        return MLP, [RollBack(every=2, times=9), Spikes((11, 12, 13))], {"explode_factor": 50.0}
+    return MLP, [], {}
+
+
+class Spikes(transformers.TrainerCallback):
+    """Huge gradients at some steps."""
+
+    def __init__(self, steps):
+        self.steps, self.now = steps, False
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for parameter in model.foreword.parameters():
+            parameter.register_hook(lambda grad: grad * 1e4 if self.now else None)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step + 1 in self.steps
+
+
+def train(out, pipe, name):
     torch.set_num_threads(1)
-    model, tuning = tiny.tuned(reparam="mlp", hidden=16, dropout=0.1)
-    arguments = {"save_steps": 1, "save_total_limit": 2, "max_steps": 14}
-    tiny.trainer(model, out, callbacks=[Slow(pipe)], **arguments).train(resume_from_checkpoint=True)
+    warnings.simplefilter("ignore")
+    config, callbacks, more = strategy(name)
+    model, tuning = tiny.tuned(**config)
+    arguments = {"save_steps": 1, "save_total_limit": 2, "max_steps": 14, **more}
+    tiny.trainer(model, out, callbacks=[*callbacks, Slow(pipe)], **arguments).train(resume_from_checkpoint=True)
     tuning.bake().save(out / "final")
 
 
-def run(out, kill_at, wait):
+def run(out, kill_at, wait, name):
     """Train in a child; kill it some time after a step. Returns its exit status as waitpid gives it."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(read)
-            train(out, write)
+            train(out, write, name)
         except BaseException:
             import traceback
 
@@ -64,5 +101,5 @@ if __name__ == "__main__":
     folder, chance = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
     for at in (1, 3, 5, 7, 9, 11):
         moment = chance.uniform(0, 0.08)
-        print(at, round(moment, 4), os.WTERMSIG(run(folder, at, moment)), flush=True)
-    sys.exit(os.waitstatus_to_exitcode(run(folder, None, 0)))
+        print(at, round(moment, 4), os.WTERMSIG(run(folder, at, moment, sys.argv[3])), flush=True)
+    sys.exit(os.waitstatus_to_exitcode(run(folder, None, 0, sys.argv[3])))
