@@ -1,0 +1,117 @@
+"""How much of the attention a prefix gets: at each site, head and position of a text.
+
+The share is the weight of the virtual tokens in the joint softmax, ``alpha = exp(l2 - l)`` with the log-sum-exps of
+``foreword.attention``. It falls as the text grows (dilution), and tells which layers use the prefix at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from foreword import _interface
+from foreword._holder import SiteSlot
+from foreword._masks import additive, causal_mask, is_causal
+from foreword._views import BatchPrefix
+from foreword.errors import AttachError
+
+
+def attention_shares(model: PreTrainedModel, **inputs: Any) -> dict[str, Tensor]:
+    """The prefix's share of attention in one forward pass, by site name: ``(B, H, S)``, float32 on the CPU.
+
+    NaN where a zero-initialised gate keeps the softmaxes apart: there is no share then.
+
+    Args:
+        inputs: of the model's call.
+
+    Raises:
+        AttachError: nothing with virtual tokens is attached.
+    """
+    with measured_shares(model) as found, torch.no_grad():
+        model(**inputs)
+    return dict(found)
+
+
+@contextmanager
+def measured_shares(model: PreTrainedModel) -> Iterator[Mapping[str, Tensor]]:
+    """Inside the block, every pass of the model fills the mapping with its shares, by site name."""
+    found: dict[str, Tensor] = {}
+    slots = {m: slot for m in model.modules() if isinstance(slot := m.__dict__.get(_interface.SLOT), SiteSlot)}
+    if not slots:
+        raise AttachError("no prefix stands on this model, so none has a share of its attention; attach one first")
+    for module, slot in slots.items():
+        module.__dict__[_interface.SLOT] = _Measuring(slot, found)
+    try:
+        yield found
+    finally:
+        for module, slot in slots.items():
+            module.__dict__[_interface.SLOT] = slot
+
+
+@dataclass(frozen=True, slots=True)
+class _Measuring:
+    """A slot that looks before it does what it did."""
+
+    slot: SiteSlot
+    found: dict[str, Tensor]
+
+    def __call__(
+        self, delegate: _interface.Delegate, delegate_name: str, module: nn.Module, query: Tensor, key: Tensor,
+        value: Tensor, attention_mask: Any, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        source, name = self.slot.source, self.slot.name
+        prefix = source.view(name)
+        if prefix is not None and prefix.length:
+            seen = None if prefix.seen_by is None else source.seen(name, prefix, query)
+            with torch.no_grad():
+                here = prefix.for_batch(query, seen)
+                causal = delegate_name != "eager" and is_causal(module, query, attention_mask, kwargs)
+                self.found[name] = _share(here, query, key, attention_mask, causal, kwargs).float().cpu()
+        return self.slot(delegate, delegate_name, module, query, key, value, attention_mask, **kwargs)
+
+
+def _share(
+    prefix: BatchPrefix, query: Tensor, key: Tensor, mask: Any, causal: bool, kwargs: Mapping[str, Any]
+) -> Tensor:
+    """``exp(l2 - logaddexp(l1, l2))``: ``(B, H, S)``."""
+    query, key = query.float(), key.float()
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    before = _scores(query, prefix.keys.float(), scale, kwargs)
+    if prefix.visible is not None:
+        hidden = additive(prefix.visible[:, None, None, :], before.dtype)
+        assert hidden is not None
+        before = before + hidden
+    if prefix.bias is not None:
+        before = before + prefix.bias
+    if causal:
+        key = key[:, :, : query.shape[2]]  # the rest of a static cache is empty
+        mask = causal_mask(query)
+    text = _scores(query, key, scale, kwargs)
+    if (bias := kwargs.get("position_bias")) is not None:
+        text = text + bias
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        numbers = additive(mask, text.dtype)
+        assert numbers is not None
+        text = text + numbers[..., : text.shape[-1]]
+    other = text.logsumexp(-1)
+    if (sinks := kwargs.get("s_aux")) is not None:  # learned logits that take attention and give nothing
+        other = torch.logaddexp(other, sinks.float().view(1, -1, 1).expand_as(other))
+    own = before.logsumexp(-1)
+    share = torch.exp(own - torch.logaddexp(own, other))
+    if prefix.gate is not None:
+        apart = torch.ones_like(share, dtype=torch.bool) if prefix.bias is None else own == -torch.inf
+        share = share.masked_fill(apart & (prefix.gate.squeeze(-1) != 0), torch.nan)
+    return share.nan_to_num(0.0) if prefix.gate is None else share
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, kwargs: Mapping[str, Any]) -> Tensor:
+    """``(B, H, S, N)``, each head by its group's keys."""
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * scale
+    cap = kwargs.get("softcap")
+    return scores if cap is None else cap * torch.tanh(scores / cap)
