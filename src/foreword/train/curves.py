@@ -62,6 +62,34 @@ def draw_growth(report: Mapping[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
+def draw_monitor(looks: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw gradient norms (log scale) and shares of attention over steps and sites (the lines of ``Monitor``)."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = list(looks[0]["sites"]) if looks else []
+    steps = [look["step"] for look in looks]
+    for axes, (what, title) in zip(
+        figure.subplots(1, 2), (("gradient_norm", "gradient norm, log10"), ("attention_share", "share of attention")),
+        strict=True,
+    ):  # fmt: skip
+        values = np.array([[look["sites"].get(n, {}).get(what) for look in looks] for n in names], dtype=float).reshape(
+            len(names), len(steps)
+        )
+        if what == "gradient_norm":
+            values = np.log10(np.maximum(values, 1e-12))
+        image = axes.imshow(values, aspect="auto", origin="lower", interpolation="nearest")
+        axes.set_xticks(range(len(steps))[:: max(1, len(steps) // 8)], steps[:: max(1, len(steps) // 8)])
+        axes.set_xlabel("step")
+        axes.set_ylabel("site, from the input up")
+        axes.set_title(title)
+        figure.colorbar(image, ax=axes)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     """Under a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
