@@ -103,11 +103,12 @@ def _share(
     if (sinks := kwargs.get("s_aux")) is not None:  # learned logits that take attention and give nothing
         other = torch.logaddexp(other, sinks.float().view(1, -1, 1).expand_as(other))
     own = before.logsumexp(-1)
-    share = torch.exp(own - torch.logaddexp(own, other))
-    if prefix.gate is not None:
-        apart = torch.ones_like(share, dtype=torch.bool) if prefix.bias is None else own == -torch.inf
-        share = share.masked_fill(apart & (prefix.gate.squeeze(-1) != 0), torch.nan)
-    return share.nan_to_num(0.0) if prefix.gate is None else share
+    share = torch.exp(own - torch.logaddexp(own, other)).nan_to_num(0.0)
+    if prefix.gate is None:
+        return share
+    # Rows whose softmax stands apart: all that have a token, or, in a mixed batch, those that a bias keeps out.
+    apart = own > -torch.inf if prefix.bias is None else (own == -torch.inf) & (prefix.gate.squeeze(-1) != 0)
+    return share.masked_fill(apart, torch.nan)
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, kwargs: Mapping[str, Any]) -> Tensor:
