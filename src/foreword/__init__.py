@@ -29,8 +29,13 @@ if TYPE_CHECKING:
     from foreword.models import load_model
     from foreword.prefix import Prefix
     from foreword.serve.library import Library
+    from foreword.shares import attention_shares
     from foreword.sites import Site, sites
     from foreword.train.arguments import PrefixTrainingArguments
+    from foreword.train.growth import Growth
+    from foreword.train.monitor import Monitor
+    from foreword.train.rollback import RollBack
+    from foreword.train.stages import LayerByLayer, Stage
     from foreword.train.trainer import PrefixTrainer
     from foreword.tuning import Tuning, attach
 
@@ -47,10 +52,16 @@ _HOMES = {
     "load_model": "models",
     "Prefix": "prefix",
     "Library": "serve.library",
+    "attention_shares": "shares",
     "Site": "sites",
     "sites": "sites",
     "PrefixTrainingArguments": "train.arguments",
     "PrefixTrainer": "train.trainer",
+    "Growth": "train.growth",
+    "Monitor": "train.monitor",
+    "RollBack": "train.rollback",
+    "LayerByLayer": "train.stages",
+    "Stage": "train.stages",
     "Tuning": "tuning",
     "attach": "tuning",
     **dict.fromkeys(
@@ -78,22 +89,28 @@ __all__ = [
     "DivergedError",
     "ForewordError",
     "FullConfig",
+    "Growth",
+    "LayerByLayer",
     "Library",
     "LoRAConfig",
     "MemoryConfig",
     "MismatchError",
     "MissingPartError",
+    "Monitor",
     "Prefix",
     "PrefixConfig",
     "PrefixFileError",
     "PrefixTrainer",
     "PrefixTrainingArguments",
     "PromptConfig",
+    "RollBack",
     "Site",
+    "Stage",
     "Tuning",
     "UnsupportedModelError",
     "attach",
     "attention_path",
+    "attention_shares",
     "boundary",
     "load_model",
     "sites",

@@ -45,6 +45,7 @@ class PrefixConfig:
             added to the start.
         depth: layers of the MLP, 1 to 3. The paper has 2, with tanh between.
         hidden: width of the MLP and of the embedding that it reads.
+        orthogonal: whether the MLP's layers start orthogonal instead of at PyTorch's usual random numbers.
         rank: rank of the low-rank product.
         per_kind: one MLP for each attention kind (the paper's BART) instead of one for all.
         sites: which attention sites: ``"first:4"``, ``"last:4"``, ``"every:2"`` (of each kind), a regular expression
@@ -78,6 +79,7 @@ class PrefixConfig:
     reparam: Literal["direct", "mlp", "low-rank"] = "direct"
     depth: int = 2
     hidden: int = 512
+    orthogonal: bool = False
     rank: int = 8
     per_kind: bool = False
     sites: str | Sequence[str | int] | None = None
@@ -152,6 +154,8 @@ class PrefixConfig:
             )
         if self.share == "keys" and not (self.tasks and self.reparam == "direct"):
             raise ConfigError('share="keys" is for several tasks with reparam="direct"; name them: tasks=("a", "b")')
+        if self.orthogonal and self.reparam != "mlp":
+            raise ConfigError('orthogonal=True is about the layers of an MLP; use reparam="mlp" with it')
         if self.share == "layers" and self.reparam != "mlp":
             raise ConfigError('share="layers" shares an MLP; use reparam="mlp" with it')
         if self.condition is None:

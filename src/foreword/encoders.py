@@ -201,6 +201,7 @@ class MLP(_Produced):
         share_layers: whether the MLP makes one site's keys and values, told which by a trained vector a site:
             ``P[l, i] = MLP(P'[i] + L[l])``, instead of all sites' at once.
         condition: numbers in a condition vector c; then ``P[i] = MLP(P'[i] + W c)``.
+        orthogonal: whether layers start orthogonal, with biases of zero.
     """
 
     def __init__(
@@ -215,6 +216,7 @@ class MLP(_Produced):
         dropout: float = 0.0,
         share_layers: bool = False,
         condition: int | None = None,
+        orthogonal: bool = False,
     ) -> None:
         super().__init__(start, freeze_first=freeze_first, dropout=dropout, residual=residual)
         self.groups = [list(g) for g in groups]
@@ -234,6 +236,10 @@ class MLP(_Produced):
             for _ in range(depth - 1):
                 layers += [nn.Linear(hidden, hidden), nn.Tanh()]
             last = nn.Linear(hidden, sum(self.widths(made)))
+            for layer in [*layers, last] if orthogonal else []:
+                if isinstance(layer, nn.Linear):
+                    nn.init.orthogonal_(layer.weight)
+                    nn.init.zeros_(layer.bias)
             if residual:
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)
@@ -333,5 +339,6 @@ def make_encoder(
             residual=config.init != "random" if residual is None else residual,
             share_layers=config.share == "layers",
             condition=config.condition,
+            orthogonal=config.orthogonal,
             **shared,
         )

@@ -90,9 +90,9 @@ def test_resuming_gives_the_uninterrupted_run(checkpoint, tmp_path):
 @pytest.mark.parametrize("order", ["top-down", "bottom-up"])
 def test_groups_grow_over_all_layers(order):
     word = "last" if order == "top-down" else "first"
-    plan = LayerByLayer.in_groups(30, 4, 50, order=order)
+    plan = LayerByLayer.in_groups(30, 4, 203, order=order)
     assert [s.sites for s in plan.stages] == [f"{word}:8", f"{word}:15", f"{word}:23", f"{word}:30"]
-    assert plan.steps == 200
+    assert plan.steps == 203 and [s.steps for s in plan.stages] == [50, 51, 51, 51]
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,23 @@ def test_groups_grow_over_all_layers(order):
         (lambda out: Stage(None, 0), "expected 1 or more"),
         (lambda out: Stage(None, 3, warmup=1.0), "from 0 to below 1"),
         (lambda out: LayerByLayer.in_groups(4, 5, 10), "expected 1 to 4"),
+        (lambda out: LayerByLayer.in_groups(4, 4, 3), "too few for 4 stages"),
     ],
 )
 def test_bad_plans_are_refused_before_training(make, message, tmp_path):
     with pytest.raises(fw.ConfigError, match=message):
         make(tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_orthogonal_layers():
+    model, tuning = tuned(reparam="mlp", hidden=16, depth=3, orthogonal=True)
+    layers = [m for m in tuning.encoder.nets[0] if isinstance(m, torch.nn.Linear)]
+    assert len(layers) == 3
+    for layer in layers:
+        small = min(layer.weight.shape)
+        weight = layer.weight if layer.weight.shape[0] == small else layer.weight.T
+        torch.testing.assert_close(weight @ weight.T, torch.eye(small), atol=1e-5, rtol=0)
+        assert not layer.bias.any()
+    with pytest.raises(fw.ConfigError, match="layers of an MLP"):
+        fw.PrefixConfig(orthogonal=True)

@@ -15,11 +15,11 @@ from foreword.cli._shared import pairs, print_json, quiet
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from foreword.data import EncodedDataset
 
-_PREFIX, _DATA, _RUN = "Prefix", "Data", "Run"
+_PREFIX, _DATA, _RUN, _PLAN = "Prefix", "Data", "Run", "Strategy"
 
 
 class Reparam(StrEnum):
@@ -57,6 +57,7 @@ def run(
     reparam: Annotated[Reparam, Option(help="What is trained.", rich_help_panel=_PREFIX)] = Reparam.direct,
     depth: Annotated[int, Option(help="Layers of the MLP.", rich_help_panel=_PREFIX)] = 2,
     hidden: Annotated[int, Option(help="Width of the MLP.", rich_help_panel=_PREFIX)] = 512,
+    orthogonal: Annotated[bool, Option("--orthogonal", help="Start the MLP's layers orthogonal.", rich_help_panel=_PREFIX)] = False,
     per_kind: Annotated[bool, Option("--per-kind", help="An MLP for each kind of attention instead of one for all.", rich_help_panel=_PREFIX)] = False,
     share_layers: Annotated[bool, Option("--share-layers", help="One small MLP that makes each layer's tokens in turn.", rich_help_panel=_PREFIX)] = False,
     rank: Annotated[int, Option(help="Rank of the low-rank change, and of LoRA.", rich_help_panel=_PREFIX)] = 8,
@@ -89,6 +90,12 @@ def run(
     dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, …", rich_help_panel=_RUN)] = None,
     attn: Annotated[str | None, Option(help="Attention implementation of the base model.", rich_help_panel=_RUN)] = None,
     seed: Annotated[int, Option(rich_help_panel=_RUN)] = 0,
+    grow_from: Annotated[int | None, Option(min=1, help="Begin with N virtual tokens and grow to --length.", rich_help_panel=_PLAN)] = None,
+    grow_by: Annotated[int, Option(min=1, help="Tokens that come in at a time.", rich_help_panel=_PLAN)] = 5,
+    grow_threshold: Annotated[float, Option(min=0, help="Grow when the validation loss gains less than this share.", rich_help_panel=_PLAN)] = 0.01,
+    layer_groups: Annotated[int | None, Option(min=1, help="Train the layers in N stages, from the top down.", rich_help_panel=_PLAN)] = None,
+    roll_back: Annotated[int, Option(min=0, help="On divergence go back and on with a third of the step, N times.", rich_help_panel=_PLAN)] = 0,
+    monitor: Annotated[int | None, Option(min=1, help="Every N steps note each site's gradient and share of attention.", rich_help_panel=_PLAN)] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=_RUN)] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
@@ -117,7 +124,7 @@ def run(
             Method.prefix: lambda: PrefixConfig(
                 length=length, init=init, repeat=repeat, reparam=reparam.value, depth=depth, hidden=hidden, rank=rank,
                 dropout=dropout, freeze_first=freeze_first, gate=cast("Any", None if gate is Gate.none else gate.value),
-                visible=visible, position_offset=position_offset, seed=seed, per_kind=per_kind,
+                visible=visible, position_offset=position_offset, seed=seed, per_kind=per_kind, orthogonal=orthogonal,
                 share="layers" if share_layers else None, **where_to,
             ),
             Method.memory: lambda: methods.MemoryConfig(rank=memory_rank, seed=seed, **where_to),
@@ -160,19 +167,58 @@ def run(
         resume=resume,
         label=out.name,
         console=console,
+        callbacks=_strategies(base, steps, grow_from, grow_by, grow_threshold, layer_groups, roll_back, monitor),
     )
     record = {
         "out": str(out), "steps": result.steps, "interrupted": result.interrupted, "parameters": result.parameters,
         "bytes": result.prefix.nbytes, **dict(result.prefix.metadata.get("metrics", {})),
     }  # fmt: skip
+    if growth := result.prefix.metadata.get("growth"):
+        record["recommended_length"] = growth["recommended_length"]
     if as_json:
         print_json(record)
     else:
         losses = ", ".join(f"{k} {record[k]:.4f}" for k in ("loss", "eval_loss") if k in record)
         typer.echo(f"{out}: {result.prefix!r}; {result.steps} steps, {losses}")
+        if growth:
+            typer.echo(f"length recommended: {growth['recommended_length']} (the curve is in {out / 'growth.png'})")
     if result.interrupted:
         typer.echo(f"interrupted; go on with --resume --out {out}", err=True)
         raise typer.Exit(130)
+
+
+def _strategies(
+    model: PreTrainedModel,
+    steps: int | None,
+    grow_from: int | None,
+    grow_by: int,
+    grow_threshold: float,
+    layer_groups: int | None,
+    roll_back: int,
+    monitor: int | None,
+) -> list[TrainerCallback]:
+    """The callbacks of the plan."""
+    from collections import Counter
+
+    from foreword.sites import sites as find_sites
+    from foreword.train.growth import Growth
+    from foreword.train.monitor import Monitor
+    from foreword.train.rollback import RollBack
+    from foreword.train.stages import LayerByLayer
+
+    chosen: list[TrainerCallback] = []
+    if grow_from is not None:
+        chosen.append(Growth(start=grow_from, step=grow_by, threshold=grow_threshold))
+    if layer_groups is not None:
+        if steps is None:
+            raise ConfigError("--layer-groups divides the run into stages; give its length as well: --steps N")
+        layers = max(Counter(s.kind for s in find_sites(model) if not s.tower).values())
+        chosen.append(LayerByLayer.in_groups(layers, layer_groups, steps))
+    if roll_back:
+        chosen.append(RollBack(times=roll_back))
+    if monitor is not None:
+        chosen.append(Monitor(every=monitor))
+    return chosen
 
 
 def _read(source: str, reading: dict[str, Any], split: str | None, limit: int | None) -> list[Any]:

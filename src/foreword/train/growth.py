@@ -77,8 +77,9 @@ class Growth(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._place(state)
+        report = growth_report(state.log_history, self.start, self.recommend_within)
+        self.tuning.metadata["growth"] = report
         if state.is_world_process_zero and args.output_dir is not None:
-            report = growth_report(state.log_history, self.start, self.recommend_within)
             folder = Path(args.output_dir)
             temporary = folder / f".{REPORT}"
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from foreword.data import Collator, EncodedDataset
 from foreword.errors import ConfigError
@@ -52,6 +52,7 @@ def train_prefix(
     resume: bool = False,
     label: str = "training",
     console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Train a prefix and save it into ``out``; the model is detached again at the end.
 
@@ -59,6 +60,7 @@ def train_prefix(
         what: a configuration for a new prefix (or several methods), or a prefix to go on training.
         arguments: fields of :class:`PrefixTrainingArguments`.
         resume: go on from the last whole checkpoint in ``out``.
+        callbacks: strategies (``Growth``, ``LayerByLayer``, ``RollBack``, ``Monitor``), or any of transformers'.
 
     Raises:
         ConfigError: ``out`` holds a run already and ``resume`` was not asked for, or the reverse.
@@ -77,7 +79,7 @@ def train_prefix(
             train_dataset=dataset,
             eval_dataset=valid,
             data_collator=Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder),
-            callbacks=[progress, stop],
+            callbacks=[progress, stop, *callbacks],
         )
         for noisy in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(noisy)

@@ -70,13 +70,17 @@ class LayerByLayer(TrainerCallback):
     def in_groups(
         cls, layers: int, groups: int, steps: int, *, order: Literal["top-down", "bottom-up"] = "top-down"
     ) -> LayerByLayer:
-        """``groups`` stages of ``steps`` each: a part of the layers first, more with each stage, all at last."""
+        """``groups`` stages that share the ``steps``: a part of the layers first, more with each stage, all at last."""
         if order not in ("top-down", "bottom-up"):
             raise ConfigError(f'order={order!r}; expected "top-down" or "bottom-up"')
         if not 1 <= groups <= layers:
             raise ConfigError(f"groups={groups}; expected 1 to {layers}, the number of layers")
+        if steps < groups:
+            raise ConfigError(f"{steps} steps are too few for {groups} stages; expected one for each at least")
         word = "last" if order == "top-down" else "first"
-        return cls([Stage(f"{word}:{-(-layers * (i + 1) // groups)}", steps) for i in range(groups)])
+        ends = [steps * (i + 1) // groups for i in range(groups)]
+        shares = [end - before for before, end in zip([0, *ends], ends, strict=False)]
+        return cls([Stage(f"{word}:{-(-layers * (i + 1) // groups)}", n) for i, n in enumerate(shares)])
 
     @property
     def steps(self) -> int:
