@@ -109,6 +109,18 @@ def test_a_head_is_trained_and_saved_with_the_prefix(kind, tmp_path):
     torch.testing.assert_close(scores(model, arguments), moved, atol=1e-5, rtol=1e-4)
 
 
+def test_a_head_has_its_own_learning_rate():
+    tuning = fw.attach(
+        classifier("token"), fw.PrefixConfig(length=2, init="random", head="token", head_learning_rate=1e-2)
+    )
+    assert [g["lr"] for g in tuning.parameter_groups()] == [2e-2, 1e-2]
+    assert [g["lr"] for g in tuning.parameter_groups(5e-3)] == [5e-3, 1e-2]
+    with pytest.raises(fw.ConfigError, match="say which with head="):
+        fw.PrefixConfig(head_learning_rate=1e-2)
+    with pytest.raises(fw.ConfigError, match="positive number"):
+        fw.PrefixConfig(head="token", head_learning_rate=0.0)
+
+
 def test_a_head_of_another_kind_is_refused():
     with pytest.raises(fw.ConfigError, match="AutoModelForTokenClassification"):
         fw.attach(classifier("sequence"), fw.PrefixConfig(length=2, init="random", head="token"))

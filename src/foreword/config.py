@@ -63,6 +63,7 @@ class PrefixConfig:
         head: train the model's own head as well and save it with the prefix (P-Tuning v2): ``"sequence"``,
             ``"token"``, ``"question"`` or ``"choice"``, which must be what the model has.
         learning_rate: of this part; None: the trainer's, or what is usual for the reparameterisation.
+        head_learning_rate: of the head; None: 1e-3.
         seed: of the initialisation.
     """
 
@@ -85,6 +86,7 @@ class PrefixConfig:
     position_offset: int = 0
     head: Literal["sequence", "token", "question", "choice"] | None = None
     learning_rate: float | None = None
+    head_learning_rate: float | None = None
     seed: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +106,9 @@ class PrefixConfig:
         if not 0 <= self.strength < float("inf"):
             raise ConfigError(f"strength={self.strength}; expected 0 (no prefix) or a positive factor")
         check_learning_rate(self.learning_rate)
+        check_learning_rate(self.head_learning_rate)
+        if self.head_learning_rate is not None and self.head is None:
+            raise ConfigError("head_learning_rate is that of a trained head; say which with head=, or leave it out")
         parse(self.visible)
         self._check_init()
 

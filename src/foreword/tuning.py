@@ -174,7 +174,8 @@ class Tuning:
             everything = [*main, *([holder.memory] if holder.memory is not None else []), holder.weights]
             groups.append((everything, learning_rate or LEARNING_RATES["direct"]))
         elif "head" in holder.weights:
-            groups.append(([holder.weights["head"]], LEARNING_RATES["head"]))
+            own_rates = (getattr(c, "head_learning_rate", None) for c in self.configs)
+            groups.append(([holder.weights["head"]], next(filter(None, own_rates), LEARNING_RATES["head"])))
         found = [
             {"params": [p for m in own for p in m.parameters() if p.requires_grad], "lr": rate} for own, rate in groups
         ]
