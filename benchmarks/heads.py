@@ -1,10 +1,10 @@
 """P-Tuning v2 on a real encoder: a prefix and a head on all-MiniLM-L6-v2, beside the head alone and fine-tuning.
 
-Two tasks, because they ask for different things: whether a film review is favourable (accuracy) is close to what a
-sentence encoder knows already; which words name a person, a place, a product (entity F1 over exact spans, WNUT17) is
-not. Every method of a seed sees the same batches in the same order and starts from the same new head. Learning rates
-were chosen with `--search`: three a method, one seed, on 800 rows held out of the training part; the
-validation part was only looked at afterwards. Nothing else was searched.
+Two tasks that read an encoder differently: whether a film review is favourable (accuracy) is read off the first token,
+through the pooler; which words name a person, a place, a product (entity F1 over exact spans, WNUT17) off every word.
+Every method of a seed sees the same batches in the same order and starts from the same new head, which is trained in
+all of them. Learning rates were chosen with `--search`: three a method, one seed, on 800 rows held out of the training
+part; the validation part was only looked at afterwards. Nothing else was searched, and the steps are few.
 
     python benchmarks/heads.py --reviews DIR --ner DIR [--search] [--seeds 3] [--steps 200]
 
