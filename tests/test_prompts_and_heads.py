@@ -109,8 +109,87 @@ def test_a_head_is_trained_and_saved_with_the_prefix(kind, tmp_path):
     torch.testing.assert_close(scores(model, arguments), moved, atol=1e-5, rtol=1e-4)
 
 
+def test_a_head_has_its_own_learning_rate():
+    tuning = fw.attach(
+        classifier("token"), fw.PrefixConfig(length=2, init="random", head="token", head_learning_rate=1e-2)
+    )
+    assert [g["lr"] for g in tuning.parameter_groups()] == [2e-2, 1e-2]
+    assert [g["lr"] for g in tuning.parameter_groups(5e-3)] == [5e-3, 1e-2]
+    with pytest.raises(fw.ConfigError, match="say which with head="):
+        fw.PrefixConfig(head_learning_rate=1e-2)
+    with pytest.raises(fw.ConfigError, match="positive number"):
+        fw.PrefixConfig(head="token", head_learning_rate=0.0)
+
+
 def test_a_head_of_another_kind_is_refused():
     with pytest.raises(fw.ConfigError, match="AutoModelForTokenClassification"):
         fw.attach(classifier("sequence"), fw.PrefixConfig(length=2, init="random", head="token"))
     with pytest.raises(fw.ConfigError, match="has no such head"):
         fw.attach(zoo.build("llama"), fw.PrefixConfig(length=2, init="random", head="sequence"))
+
+
+def without_pooler(folder, seed):
+    """A classifier from a checkpoint of a masked language model: head and pooler are new at each loading."""
+    if not folder.exists():
+        tf.BertForMaskedLM(classifier("sequence").config).save_pretrained(folder)
+    torch.manual_seed(seed)
+    return tf.BertForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+
+
+def test_a_head_brings_the_pooler_that_the_checkpoint_lacks(tmp_path):
+    """Else a saved prefix would stand on another random pooler in the next process."""
+    arguments = labelled("sequence")
+    model = without_pooler(tmp_path / "base", 1)
+    tuning = trained(model, fw.PrefixConfig(length=3, init="random", head="sequence"), arguments)
+    assert {"bert.pooler.dense.weight", "classifier.weight"} <= set(tuning.holder.weights["head"].names)
+    moved = scores(model, arguments)
+    tuning.bake().save(tmp_path / "p")
+    other = without_pooler(tmp_path / "base", 2)
+    assert not torch.equal(model.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
+    fw.attach(other, fw.Prefix.load(tmp_path / "p"))
+    torch.testing.assert_close(scores(other, arguments), moved, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_the_trainer_scores_a_head(kind, tokenizer, tmp_path):
+    """Rows of unlike lengths through transformers' collators, and ``compute_metrics`` on logits and labels."""
+    rows = []
+    for i, row in enumerate(zoo.ids(8, 7).tolist()):
+        ids = row[: 4 + i % 3]
+        labels = i % 3 if kind == "sequence" else [-100, *(t % 3 for t in ids[1:])]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    seen = {}
+
+    def compute(result):
+        seen["logits"], seen["labels"] = result.predictions, result.label_ids
+        return {"right": float((result.predictions.argmax(-1) == result.label_ids).mean())}
+
+    pad = tf.DataCollatorWithPadding if kind == "sequence" else tf.DataCollatorForTokenClassification
+    model = classifier(kind)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    tuning = fw.attach(model, fw.PrefixConfig(length=3, init="random", head=kind, dropout=0.1))
+    start = [p.detach().clone() for p in tuning.parameters()]
+    trainer = fw.PrefixTrainer(
+        model,
+        fw.PrefixTrainingArguments(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=4, per_device_eval_batch_size=4, use_cpu=True,
+            report_to="none", save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=rows, eval_dataset=rows, data_collator=pad(tokenizer), compute_metrics=compute,
+    )  # fmt: skip
+    trainer.train()
+    assert 0 <= trainer.evaluate()["eval_right"] <= 1
+    assert seen["logits"].shape == ((8, 3) if kind == "sequence" else (8, 6, 3))
+    for logits, labels, row in zip(seen["logits"], seen["labels"], rows, strict=True):
+        own = {k: torch.tensor([v]) for k, v in row.items() if k != "labels"}
+        alone = scores(model, own)[0]
+        count = len(row["input_ids"])
+        torch.testing.assert_close(
+            torch.tensor(logits if kind == "sequence" else logits[:count]), alone, atol=1e-5, rtol=1e-4
+        )
+        assert labels.tolist() == (
+            row["labels"] if kind == "sequence" else row["labels"] + [-100] * (len(labels) - count)
+        )
+    assert all(not torch.equal(a, b) for a, b in zip(start, tuning.parameters(), strict=True))
+    tuning.detach()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

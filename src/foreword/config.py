@@ -70,6 +70,7 @@ class PrefixConfig:
         share: None; ``"layers"``: one MLP makes each site's keys and values, told which (for ``reparam="mlp"``);
             ``"keys"``: ``tasks`` share their keys and have values of their own (for ``reparam="direct"``).
         learning_rate: of this part; None: the trainer's, or what is usual for the reparameterisation.
+        head_learning_rate: of the head; None: 1e-3.
         seed: of the initialisation.
     """
 
@@ -96,6 +97,7 @@ class PrefixConfig:
     condition: int | None = None
     share: Literal["layers", "keys"] | None = None
     learning_rate: float | None = None
+    head_learning_rate: float | None = None
     seed: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +120,9 @@ class PrefixConfig:
         if not 0 <= self.strength < float("inf"):
             raise ConfigError(f"strength={self.strength}; expected 0 (no prefix) or a positive factor")
         check_learning_rate(self.learning_rate)
+        check_learning_rate(self.head_learning_rate)
+        if self.head_learning_rate is not None and self.head is None:
+            raise ConfigError("head_learning_rate is that of a trained head; say which with head=, or leave it out")
         parse(self.visible)
         for init in self.init.values() if isinstance(self.init, Mapping) else [self.init]:
             self._check_init(init)

@@ -84,13 +84,17 @@ def shape_differences(mine: Sequence[Site], theirs: Sequence[Site]) -> list[str]
 
 
 def _sample(model: PreTrainedModel) -> dict[str, list[float]]:
-    """The first numbers of a few floating-point parameters spread over the backbone: a head may be new and random."""
+    """The first numbers of a few floating-point parameters spread over the backbone.
+
+    A head may be new and random, and so may a pooler that the checkpoint lacks.
+    """
     usable = [
         (n, p) for n, p in model.named_parameters()
         if p.is_floating_point() and not p.is_meta and p.numel() >= _NUMBERS and not n.startswith("foreword.")
     ]  # fmt: skip
     backbone = f"{model.base_model_prefix}."
-    usable = [(n, p) for n, p in usable if n.startswith(backbone)] or usable
+    inside = [(n, p) for n, p in usable if n.startswith(backbone) and not n.startswith(f"{backbone}pooler")]
+    usable = inside or usable
     if not usable:
         return {}
     step = max(1, len(usable) // _PARAMETERS)

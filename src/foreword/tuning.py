@@ -202,7 +202,8 @@ class Tuning:
             own = config.method if not isinstance(config, PrefixConfig) and config.method in places else "direct"
             wanted.append((places.pop(own), config.learning_rate, usual_learning_rate(config)))
         loaded = {**LEARNING_RATES, "direct": LEARNING_RATES["mlp" if self.encoder.asks == "condition" else "direct"]}
-        wanted += [(own, None, loaded[method]) for method, own in places.items()]
+        head = next(filter(None, (getattr(c, "head_learning_rate", None) for c in self.configs)), None)
+        wanted += [(own, head if method == "head" else None, loaded[method]) for method, own in places.items()]
         groups: list[dict[str, Any]] = []
         for modules, rate, usual in wanted:
             chosen = [p for m in modules for p in m.parameters() if p.requires_grad]

@@ -275,7 +275,10 @@ def all_parameters(model: PreTrainedModel, config: FullConfig) -> OwnParameters:
 
 
 def head_parameters(model: PreTrainedModel, kind: str) -> OwnParameters:
-    """The part that trains a model's own head: what it has outside its backbone.
+    """The part that trains a model's own head: all that stands after the backbone's last layer.
+
+    That is what the model has outside its backbone, and the pooler that some keep inside it: a checkpoint without one
+    gets a random one at loading, which would be another one the next time.
 
     Raises:
         ConfigError: the model has no head of this kind.
@@ -285,10 +288,12 @@ def head_parameters(model: PreTrainedModel, kind: str) -> OwnParameters:
     task = HEADS[kind]
     mapping = "MODEL_FOR_" + re.sub(r"(?<!^)(?=[A-Z])", "_", task).upper() + "_MAPPING_NAMES"
     known = {n for e in getattr(modeling_auto, mapping).values() for n in ([e] if isinstance(e, str) else e)}
-    chosen = {n: p for n, p in model.named_parameters() if not n.startswith(f"{model.base_model_prefix}.")}
+    backbone = f"{model.base_model_prefix}."
+    chosen = {n: p for n, p in model.named_parameters() if not n.startswith(backbone)}
     if type(model).__name__ not in known or not chosen:
         raise ConfigError(
             f"head={kind!r}, but {type(model).__name__} has no such head; load the model with AutoModelFor{task}, or "
             "leave head out"
         )
+    chosen |= {n: p for n, p in model.named_parameters() if n.startswith(f"{backbone}pooler")}
     return OwnParameters("head", chosen)

@@ -115,7 +115,7 @@ def test_bad_plans_are_refused_before_training(make, message, tmp_path):
 
 
 def test_orthogonal_layers():
-    model, tuning = tuned(reparam="mlp", hidden=16, depth=3, orthogonal=True)
+    _, tuning = tuned(reparam="mlp", hidden=16, depth=3, orthogonal=True)
     layers = [m for m in tuning.encoder.nets[0] if isinstance(m, torch.nn.Linear)]
     assert len(layers) == 3
     for layer in layers:
