@@ -78,7 +78,7 @@ def main() -> None:
             f"{name:32} {rows[name]['parameters']:>12,} {rows[name]['before']:.3f} -> {rows[name]['after']:.3f}",
             flush=True,
         )
-    if not options.only:
+    if not options.only or options.train:
         kept = {k: v for k, v in vars(options).items() if k not in ("train", "valid")}  # not where they stood
         print("written:", keep("methods_files" if options.train else "methods", {"options": kept, "rows": rows}))
 
