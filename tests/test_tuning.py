@@ -378,3 +378,15 @@ def test_bake_keeps_the_strength(gate):
     tuning.detach()
     fw.attach(model, prefix)
     torch.testing.assert_close(model(inputs).logits, want, atol=1e-5, rtol=0)
+
+
+def test_a_frozen_prefix_is_not_in_the_state_dict():
+    """So that saving the model while one is attached saves the model."""
+    model = zoo.build("llama")
+    names = list(model.state_dict())
+    tuning = fw.attach(model, fw.PrefixConfig(length=2, init="random"))
+    prefix = tuning.bake()
+    assert set(model.state_dict()) > set(names)
+    tuning.detach()
+    fw.attach(model, prefix)
+    assert list(model.state_dict()) == names

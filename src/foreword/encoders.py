@@ -112,6 +112,9 @@ class PrefixEncoder(nn.Module):
 class Frozen(PrefixEncoder):
     """A baked prefix: buffers that follow the model's device and dtype and stay out of its state dict."""
 
+    get_extra_state = nn.Module.get_extra_state  # out of it as well
+    set_extra_state = nn.Module.set_extra_state
+
     def __init__(self, states: Start) -> None:
         super().__init__(states, freeze_first=False, dropout=0.0)
         for i, (keys, values) in enumerate(states.values()):

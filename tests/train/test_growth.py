@@ -124,6 +124,7 @@ def test_new_tokens_take_steps_of_the_usual_size(tmp_path):
         ({"start": 0}, {}, {}, "expected 1 or more"),
         ({"step": 0}, {}, {}, "expected 1 or more"),
         ({}, {}, {"eval_strategy": "no"}, "watches the validation loss"),
+        ({}, {"reparam": "mlp", "condition": 3}, {}, "made of a condition can't grow"),
     ],
 )
 def test_bad_plans_are_refused_before_training(growth, config, arguments, message, tmp_path):

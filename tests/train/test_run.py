@@ -118,6 +118,12 @@ def test_the_bar_shows_the_losses(tmp_path):
     assert "film" in shown and "4/4" in shown and "validation" in shown and "{'loss'" not in shown
 
 
+def test_several_tasks_are_refused_before_training(tmp_path):
+    with pytest.raises(fw.ConfigError, match="a run here has one task"):
+        run(zoo.build("llama"), tmp_path / "out", what=fw.PrefixConfig(length=2, init="random", tasks=("a", "b")))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 2.0}], [{"step": 2, "eval_loss": 1.0}], [{"epoch": 1}]])
 def test_curves_of_little(history, tmp_path):
     path = draw_curves({"a": history, "b": history}, tmp_path / "new" / "c.png", title="t")

@@ -98,6 +98,8 @@ class Growth(TrainerCallback):
             raise ConfigError(
                 "Growth is for a new prefix; attach one with PrefixConfig(length=the most that it may have)"
             )
+        if tuning.encoder.asks == "condition":
+            raise ConfigError("a prefix that is made of a condition can't grow; give it the length that it is to have")
         if tuning.encoder.longest <= self.start:
             raise ConfigError(
                 f"Growth starts at {self.start} tokens and the prefix has {tuning.encoder.longest} at most; give "

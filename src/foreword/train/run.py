@@ -70,6 +70,10 @@ def train_prefix(
     _check_out(out, resume)
     args = _arguments(out, arguments, valid is not None)
     set_seed(args.seed)
+    if any(getattr(c, "tasks", ()) for c in (what if isinstance(what, Sequence) else [what])):
+        raise ConfigError(
+            "a run here has one task; attach the tasks and train them with PrefixTrainer, then tuning.save()"
+        )
     tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
     progress, stop = RichProgress(label, console), StopOnSignal(console)
     try:
