@@ -113,7 +113,38 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.after[20], watch.after[20], strict=True))
 
 
-@pytest.mark.parametrize("bad", [{"times": 0}, {"every": 0}, {"factor": 1.0}, {"factor": 0.0}])
+def test_a_loss_that_rises_and_stays_a_number(tmp_path):
+    """Ruined at one step, as by a step far too long; no gradient looks unusual."""
+    model, tuning = tiny.tuned()
+    watch = Watch(tuning)
+
+    class Ruin(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 20:
+                for parameter in tuning.encoder.values:
+                    parameter.data.mul_(-40.0)
+
+    recovery = RollBack(every=5, worse=1.05, window=4, factor=0.5)  # an epoch has four batches
+    made = tiny.trainer(
+        model, tmp_path, callbacks=[recovery, Ruin(), watch], **{**CALM, "max_steps": 40, "explode_factor": 1e9},
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="the training loss rose to"):
+        made.train()
+    (event,) = events(made)
+    assert 20 <= event["step"] <= 25 and event["to_step"] <= 20
+    losses = tiny.losses(made)
+    ruined, after = (sum(losses[s] for s in steps) / len(steps) for steps in (range(21, 24), range(29, 41)))
+    assert after < ruined - 0.2
+
+
+def test_a_calm_run_is_left_alone(tmp_path):
+    made, _ = run(tmp_path / "with", RollBack(every=2))
+    plain, _ = run(tmp_path / "without", None)
+    assert not events(made) and tiny.losses(made) == tiny.losses(plain)
+
+
+@pytest.mark.parametrize("bad", [{"times": 0}, {"every": 0}, {"factor": 1.0}, {"factor": 0.0}, {"worse": 1.0}])
 def test_bad_settings(bad):
     with pytest.raises(fw.ConfigError, match="expected 1 or more times"):
         RollBack(**bad)

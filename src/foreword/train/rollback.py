@@ -8,6 +8,7 @@ learning rate shrinks, and the run goes on with the next batch. What happened is
 from __future__ import annotations
 
 import copy
+import statistics
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,20 +33,27 @@ class RollBack(TrainerCallback):
         times: how often in one run; then it stops as it would have.
         factor: what every learning rate is multiplied by each time.
         every: steps between copies. A copy is as large as what is trained and its optimizer state.
+        worse: a training loss is divergence too, when its mean over ``window`` batches is this many times the lowest
+            such mean and half of what was gained since the start is lost (in one process; several may disagree).
+        window: batches that a mean is of.
     """
 
     times: int = 3
     factor: float = 1 / 3
     every: int = 10
+    worse: float = 1.5
+    window: int = 5
+    _losses: list[float] = field(
+        default_factory=list, init=False, repr=False
+    )  # first and lowest mean; the last batches
     _parameters: list[nn.Parameter] = field(default_factory=list, init=False, repr=False)
     _good: _State | None = field(default=None, init=False, repr=False)
     _untried: _State | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.times < 1 or self.every < 1 or not 0 < self.factor < 1:
+        if min(self.times, self.every, self.window) < 1 or not 0 < self.factor < 1 or self.worse <= 1:
             raise ConfigError(
-                f"RollBack(times={self.times}, factor={self.factor:g}, every={self.every}); expected 1 or more times "
-                "and steps, and a factor between 0 and 1"
+                f"{self}; expected 1 or more times and steps, a factor between 0 and 1, and worse above 1"
             )
 
     def on_train_begin(
@@ -60,7 +68,7 @@ class RollBack(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._good, self._untried = None, None
+        self._good, self._untried, self._losses = None, None, []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
@@ -69,8 +77,32 @@ class RollBack(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._untried is not None:  # a loss and a gradient were computed from it, and were well
+        # A loss and a gradient were computed from it and were well, and the loss isn't on its way up.
+        if self._untried is not None and self._share_lost() < 0.5:
             self._good, self._untried = self._untried, None
+
+    def rising(self, loss: float) -> str:
+        """What a batch's loss says of divergence, after those before it; empty: nothing."""
+        self._losses.append(loss)
+        if len(self._losses) < self.window + 2:
+            if len(self._losses) == self.window:  # the first mean is the lowest yet
+                self._losses[:0] = [statistics.fmean(self._losses)] * 2
+            return ""
+        del self._losses[2 : -self.window]
+        first, lowest = self._losses[:2]
+        mean = statistics.fmean(self._losses[2:])
+        if self._share_lost() >= 1:
+            return f"the training loss rose to {mean:.3g} (it began at {first:.3g}, and its lowest was {lowest:.3g})"
+        self._losses[1] = min(lowest, mean)
+        return ""
+
+    def _share_lost(self) -> float:
+        """How far the mean loss has risen from the lowest on the way to divergence: 0 to 1, or more."""
+        if len(self._losses) < self.window + 2:
+            return 0.0
+        first, lowest, *recent = self._losses
+        limit = max((self.worse - 1) * lowest, (first - lowest) / 2)
+        return (statistics.fmean(recent) - lowest) / limit if limit > 0 else 0.0
 
     @torch.no_grad()
     def recover(self, state: TrainerState, optimizer: Any, scheduler: Any, what: str) -> bool:
@@ -79,6 +111,8 @@ class RollBack(TrainerCallback):
         if self._good is None or done >= self.times:
             return False
         self._untried = None
+        if len(self._losses) >= self.window + 2:  # the loss to come is that of the copy again
+            self._losses[2:] = [self._losses[1]] * self.window
         step, numbers, states = self._good
         for parameter, number, kept in zip(self._parameters, numbers, states, strict=True):
             parameter.copy_(number)
@@ -98,7 +132,7 @@ class RollBack(TrainerCallback):
 
     def tensors(self) -> dict[str, Tensor]:
         """The copies, for a checkpoint: a run that goes on may have to go back to before it."""
-        found: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {"losses": torch.tensor(self._losses, dtype=torch.float64)}
         for name, kept in (("good", self._good), ("untried", self._untried)):
             if kept is None:
                 continue
@@ -111,6 +145,7 @@ class RollBack(TrainerCallback):
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what :meth:`tensors` gave."""
+        self._losses = tensors["losses"].tolist()
         self._good, self._untried = (_unpacked(tensors, name) for name in ("good", "untried"))
 
     def _copied(self, state: TrainerState, optimizer: Any) -> _State:

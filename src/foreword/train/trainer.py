@@ -103,6 +103,8 @@ class PrefixTrainer(Trainer):
             if self._rolled_back(what):
                 return torch.zeros_like(loss)
             self._stop(what, inputs)
+        if self._recovery is not None and self.args.world_size == 1 and (what := self._recovery.rising(float(loss))):
+            self._rolled_back(what)  # past its times the run goes on: the loss is a number still
         self._good = [p.detach().clone() for p in self.tuning.parameters()]
         return loss
 
