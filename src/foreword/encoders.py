@@ -307,13 +307,8 @@ class LowRank(_Produced):
         return self.cut(self.of_tasks(self.tokens, given) @ self.up, range(len(self.names)), given)
 
 
-def make_encoder(
-    config: PrefixConfig, start: Start, sites: Sequence[Site], *, residual: bool | None = None
-) -> PrefixEncoder:
+def make_encoder(config: PrefixConfig, start: Start, sites: Sequence[Site]) -> PrefixEncoder:
     """The encoder that a configuration asks for, beginning at ``start``.
-
-    Args:
-        residual: whether an MLP adds to the start; None: unless the start is random.
 
     Raises:
         ConfigError: the first token is to be frozen and there is no other, or the sites can't share an MLP.
@@ -339,7 +334,7 @@ def make_encoder(
             groups,
             depth=config.depth,
             hidden=config.hidden,
-            residual=config.init != "random" if residual is None else residual,
+            residual=config.init != "random",
             share_layers=config.share == "layers",
             condition=config.condition,
             orthogonal=config.orthogonal,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from foreword.data import Collator, Example, encode
+from foreword.data import Collator, EncodedDataset, EncodeStats, Example, encode
 from foreword.errors import DataError
 
 PAD = 3
@@ -94,3 +94,18 @@ def test_in_a_data_loader(plain: PreTrainedTokenizerFast) -> None:
     assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) == data.stats.tokens
     assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == data.stats.supervised_tokens
+
+
+def test_conditions_and_tasks_are_kept():
+    stats = EncodeStats(2, 0, 0, 4, 4, 2)
+    plain = EncodedDataset([[1, 2], [3]], [[1, 2], [3]], stats)
+    vectors = torch.tensor([[0.5, 1.0], [2.0, 3.0]], dtype=torch.float64)
+    dataset = plain.with_column("condition", vectors).with_column("task", ["a", "b"])
+    batch = Collator(0)([dataset[0], dataset[1]])
+    assert torch.equal(batch["condition"], vectors.float()) and batch["task"] == ["a", "b"]
+    assert batch["input_ids"].tolist() == [[1, 2], [3, 0]]
+    assert set(Collator(0)([plain[0], plain[1]])) == {"input_ids", "attention_mask", "labels"}
+    with pytest.raises(DataError, match="3 values for 'task' and 2 examples"):
+        plain.with_column("task", ["a", "b", "c"])
+    with pytest.raises(DataError, match="can't be named 'labels'"):
+        plain.with_column("labels", ["a", "b"])

@@ -77,8 +77,10 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         """The same examples, each with one thing more: its ``condition`` (a vector), or its ``task`` (a name).
 
         Raises:
-            DataError: There are not as many values as examples.
+            DataError: There are not as many values as examples, or the name is one of ours.
         """
+        if name in ("input_ids", "labels"):
+            raise DataError(f"A column can't be named {name!r}, which every example has; choose another name.")
         if len(values) != len(self):
             raise DataError(f"There are {len(values)} values for {name!r} and {len(self)} examples; give each one.")
         return EncodedDataset(self._input_ids, self._labels, self.stats, {**self._columns, name: values})
