@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,3 +28,4 @@ if __name__ == "__main__":
         assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("foreword."))
         torch.save({n: p.grad for n, p in tuning.named_parameters()}, out / f"{reparam}-{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # everything is written; gloo's threads now and then abort the interpreter's own end

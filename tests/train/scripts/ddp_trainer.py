@@ -29,3 +29,4 @@ if __name__ == "__main__":
     (notes / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(record))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    os._exit(0)  # everything is written; gloo's threads now and then abort the interpreter's own end
