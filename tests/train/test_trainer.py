@@ -14,7 +14,7 @@ import foreword as fw
 import zoo
 from foreword.data import Collator
 from foreword.methods import LEARNING_RATES
-from foreword.train.trainer import STATE, last_checkpoint
+from foreword.train.trainer import STATE, WATCH, last_checkpoint
 
 LATE = 5  # a row that this seed's shuffling brings in the third step or later
 WAYS = {"direct": {}, "mlp": {"reparam": "mlp", "hidden": 16}, "low-rank": {"reparam": "low-rank", "rank": 2}}
@@ -77,7 +77,7 @@ def test_a_checkpoint_holds_the_prefix_only(tmp_path):
     before = tiny.base_weights(model)
     tiny.trainer(model, tmp_path).train()
     folder = tmp_path / "checkpoint-6"
-    ours = {"prefix.safetensors", "foreword.json", "README.md", STATE, "training_args.json"}
+    ours = {"prefix.safetensors", "foreword.json", "README.md", STATE, WATCH, "training_args.json"}
     theirs = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     assert {p.name for p in folder.iterdir()} == ours | theirs
     base = sum(p.numel() for p in before.values())
