@@ -41,8 +41,8 @@ def search(work: Path, options: argparse.Namespace) -> None:
     print("foreword tune --model demo --data train.jsonl --valid valid.jsonl --out runs/search", shlex.join(what))
     app(["tune", "--model", "demo", *files, "--out", str(work / "search"), *what], standalone_mode=False)
     record = json.loads((work / "search" / "trials.json").read_text(encoding="utf-8"))
-    rows = {str(t["number"]): {**{k: t[k] for k in ("outcome", "loss", "seconds", "parameters")},
-            **{k: t["config"][k] for k in ("length", "init", "reparam", "learning_rate")}} for t in record["trials"]}  # fmt: skip
+    chosen = ("length", "init", "reparam", "learning_rate", "outcome", "loss", "seconds", "parameters")
+    rows = {str(t["number"]): {k: {**t, **t["config"]}[k] for k in chosen} for t in record["trials"]}
     print("written:", keep("search", {"options": {"budget": options.budget, "steps": options.steps}, "rows": rows}))
 
 

@@ -94,8 +94,9 @@ def test_options_reach_the_space_and_the_configuration(run, folder, data, tmp_pa
     text = "The film is a lovely, old confection"
     code, out, err = run(
         "tune", "--model", folder, "--data", data, "--valid-share", 0.34, "--out", tmp_path / "a", "--budget", 3,
-        "--lengths", 3, "--learning-rates", "1e-3:1e-2", "--init", text, "--reparams", "low-rank", "--rank", 2, "--steps", 1,
-        "--freeze-first", "--sites", "last:1", "--gate", "head", "--dropout", 0.1, "--no-prune", "--json", "--seed", 3,
+        "--lengths", 3, "--learning-rates", "1e-3:1e-2", "--init", text, "--reparams", "low-rank", "--rank", 2,
+        "--steps", 1, "--freeze-first", "--sites", "last:1", "--gate", "head", "--dropout", 0.1, "--no-prune", "--json",
+        "--seed", 3,
     )  # fmt: skip
     assert code == 0 and "data: 6 examples" in err, err
     record = json.loads(out)

@@ -30,7 +30,6 @@ JOURNAL, _LOCK, _WORKER = "study.journal", ".lock", ".worker-"
 _NAME = "foreword"
 _RANDOM_FIRST = 5  # trials before the sampler and the pruner have seen enough to go by
 _PRUNE_AFTER = 3
-_LONGEST = 1 << 24  # bytes of a record
 
 
 class FileLock:
@@ -75,12 +74,11 @@ class JournalLock(FileLock):
     def acquire(self, *, wait: bool = True) -> bool:
         super().acquire()
         with self.path.open("rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            start = max(0, end - _LONGEST)
-            file.seek(start)
-            last = file.read()
-            if last and not last.endswith(b"\n"):
-                file.truncate(start + last.rfind(b"\n") + 1)
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
         return True
 
 
