@@ -116,16 +116,17 @@ def draw_search(trials: Sequence[Mapping[str, Any]], path: Path) -> Path:
         left.scatter([], [], color=colours[name], label=name)
     if shown:
         left.set_xscale("log")
-        left.legend(title="hollow: stopped early\nblack rim: default", fontsize="small", title_fontsize="small")
+        key = "size: length\nhollow: stopped early\nblack rim: default"
+        left.legend(title=key, fontsize="small", title_fontsize="small")
     left.set_xlabel("learning rate")
     left.set_ylabel("validation loss (nats a token)")
     done = [t for t in trials if t["outcome"] == "complete"]
     if done:
-        losses = [t["loss"] for t in done]
-        best = [min(losses[: i + 1]) for i in range(len(losses))]
-        right.step([t["number"] for t in done], best, where="post", label="best so far")
-        right.plot([t["number"] for t in done], losses, "o", markersize=4, alpha=0.6, label="completed trials")
+        until = [min(d["loss"] for d in done if d["number"] <= t["number"]) for t in trials[trials.index(done[0]) :]]
+        right.step([t["number"] for t in trials][-len(until) :], until, where="post", label="best so far")
+        right.plot([t["number"] for t in done], [t["loss"] for t in done], "o", alpha=0.6, label="completed trials")
         right.legend(fontsize="small")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set_xlabel("trial")
     right.set_ylabel("validation loss (nats a token)")
     for axes in (left, right):

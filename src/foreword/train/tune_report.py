@@ -119,7 +119,7 @@ def report(study: Study, tokens: Sequence[int], *, interrupted: bool) -> TuneRes
     comparison = None
     if best is not None and default is not None and default.outcome == "complete" and not best.default:
         losses: dict[int, list[float]] = {t.number: t.user_attrs.get("example_losses", []) for t in study.trials()}
-        others = sum(t.outcome == "complete" and not t.default for t in trials)
+        others = sum(t.outcome in ("complete", "pruned", "diverged") and not t.default for t in trials)
         comparison = compare(losses[best.number], losses[default.number], tokens, others)
     config = PrefixConfig(**best.config) if best is not None else None
     return TuneResult(trials, best, config, comparison, _verdict(best, default, comparison, len(tokens)), interrupted)
