@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer import Option
 
-from foreword.cli._shared import pairs, print_json, quiet
+from foreword.cli._data import Source
+from foreword.cli._shared import print_json, quiet
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def run(
     data: Annotated[str, Option(help="Examples: .jsonl, .csv, .parquet, or a datasets name. Columns input/output, text, messages, or input/references.")],
     out: Annotated[Path | None, Option(help="Folder for the prefix.")] = None,
     valid: Annotated[str | None, Option(help="Validation examples, in the same form.")] = None,
+    valid_share: Annotated[float | None, Option(help="Hold this share of --data out for validation instead, chosen by --seed.", rich_help_panel=_DATA)] = None,
     method: Annotated[list[Method] | None, Option(help="What to train: several train together.", rich_help_panel=_PREFIX, show_default="prefix")] = None,
     length: Annotated[int, Option(help="Virtual tokens.", rich_help_panel=_PREFIX)] = 20,
     init: Annotated[str | None, Option(help="A text about the task, 'words:good film', or 'random'.", rich_help_panel=_PREFIX)] = None,
@@ -137,14 +139,10 @@ def run(
             Method.full: lambda: methods.FullConfig(),
         }  # fmt: skip
         what = [makers[m]() for m in method or [Method.prefix]]
-    reading = {
-        "columns": pairs(column or [], "--column") or None,
-        "where": pairs(where or [], "--where") or None,
-    }
-    examples = _read(data, reading, split, limit), (_read(valid, reading, split, limit) if valid else None)
+    source = Source(data, valid, valid_share, column or (), where or (), split, limit, max_length, seed)
+    examples = source.read()
     base, tokenizer = load_model(model, dtype=dtype, attn=attn)
-    train_set, valid_set = (_encode(e, tokenizer, base, max_length) if e is not None else None for e in examples)
-    assert train_set is not None
+    train_set, valid_set = source.encode(examples, tokenizer, base)
     console.print(f"data: {train_set.stats.describe()}")
     if show_batch:
         _show(train_set, tokenizer, base, batch_size)
@@ -219,20 +217,6 @@ def _strategies(
     if monitor is not None:
         chosen.append(Monitor(every=monitor))
     return chosen
-
-
-def _read(source: str, reading: dict[str, Any], split: str | None, limit: int | None) -> list[Any]:
-    from foreword.data import read_examples
-
-    return read_examples(source, split=split, limit=limit, **reading)
-
-
-def _encode(
-    examples: list[Any], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
-) -> EncodedDataset:
-    from foreword.data import encode
-
-    return encode(examples, tokenizer, max_length=max_length, seq2seq=model.config.is_encoder_decoder)
 
 
 def _show(dataset: EncodedDataset, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: int) -> None:

@@ -90,6 +90,50 @@ def draw_monitor(looks: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return _save(figure, path)
 
 
+def draw_search(trials: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw a search: loss against learning rate (colour: reparameterisation, size: length), and the best so far.
+
+    Args:
+        trials: fields of ``TrialRecord``.
+        path: where the PNG goes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    shown = [t for t in trials if t["loss"] is not None and t["outcome"] not in ("stopped", "running")]
+    colours = {"direct": "C0", "mlp": "C1", "low-rank": "C2"}
+    for trial in shown:
+        config, whole = trial["config"], trial["outcome"] == "complete"
+        colour = colours[config["reparam"]]
+        left.scatter(
+            config["learning_rate"], trial["loss"], s=20 + 4 * (config["length"] or 0), alpha=0.8,
+            facecolors=colour if whole else "none", edgecolors="black" if trial["default"] else colour,
+        )  # fmt: skip
+    for name in dict.fromkeys(t["config"]["reparam"] for t in shown):
+        left.scatter([], [], color=colours[name], label=name)
+    if shown:
+        left.set_xscale("log")
+        key = "size: length\nhollow: stopped early\nblack rim: default"
+        left.legend(title=key, fontsize="small", title_fontsize="small")
+    left.set_xlabel("learning rate")
+    left.set_ylabel("validation loss (nats a token)")
+    done = [t for t in trials if t["outcome"] == "complete"]
+    if done:
+        until = [min(d["loss"] for d in done if d["number"] <= t["number"]) for t in trials[trials.index(done[0]) :]]
+        right.step([t["number"] for t in trials][-len(until) :], until, where="post", label="best so far")
+        right.plot([t["number"] for t in done], [t["loss"] for t in done], "o", alpha=0.6, label="completed trials")
+        right.legend(fontsize="small")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.set_xlabel("trial")
+    right.set_ylabel("validation loss (nats a token)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> Path:
     """Under a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)

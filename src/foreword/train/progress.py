@@ -70,6 +70,38 @@ class RichProgress(TrainerCallback):
         self.bar.stop()
 
 
+class SearchProgress:
+    """Two bars for a search: its budget, and the steps of the trial that is running."""
+
+    def __init__(self, console: Console, total: float, unit: str) -> None:
+        name, said = TextColumn("{task.description}"), TextColumn("{task.fields[said]}")
+        self.bar = Progress(name, BarColumn(), said, TimeElapsedColumn(), console=console)
+        self.total, self.unit = total, unit
+        self._search = self.bar.add_task("search", total=total, said="")
+        self._trial = self.bar.add_task("trial", total=None, said="", start=False)
+
+    def __enter__(self) -> SearchProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def searched(self, spent: float, best: float | None) -> None:
+        """How much of the budget is used."""
+        said = f"{spent:.0f} of {self.total:g} {self.unit}" + (f", best {best:.3f}" if best is not None else "")
+        self.bar.update(self._search, completed=min(spent, self.total), said=said)
+
+    def trial(self, number: int, steps: int) -> None:
+        """A trial begins."""
+        self.bar.reset(self._trial, total=steps, description=f"trial {number}", said="")
+
+    def step(self, done: int, loss: float | None = None) -> None:
+        """A step of it is done; ``loss``: it was validated."""
+        said = {"said": f"step {done}, validation {loss:.3f}"} if loss is not None else {}
+        self.bar.update(self._trial, completed=done, **said)  # type: ignore[arg-type]
+
+
 class StopOnSignal(TrainerCallback):
     """The first Ctrl-C saves a checkpoint after the step and stops; the second stops at once."""
 
