@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from foreword.config import PrefixConfig
 from foreword.errors import AttachError, DivergedError, PrefixFileError
 from foreword.methods import usual_learning_rate
+from foreword.quantized import adapters_are_on
 from foreword.train.arguments import PrefixTrainingArguments
 from foreword.train.curves import draw_curves
 from foreword.train.rollback import EVENT as ROLLED_BACK
@@ -64,7 +65,8 @@ class PrefixTrainer(Trainer):
         _settle_learning_rate(args, tuning)
         self._norms: deque[float] = deque(maxlen=50)
         self._good: list[Tensor] = []
-        super().__init__(model, args, **kwargs)
+        with adapters_are_on(model):
+            super().__init__(model, args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """One group of parameters for each method that is trained, each with its learning rate."""
