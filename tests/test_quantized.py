@@ -142,5 +142,5 @@ def test_what_is_wrong_and_what_is_missing(monkeypatch):
     monkeypatch.setattr("foreword.quantized._installed", lambda module: False)
     with pytest.raises(fw.MissingPartError, match="pip install torchao or pip install optimum-quanto"):
         quantization_config("int8")
-    with pytest.raises(fw.MissingPartError, match="int4 needs .*: pip install optimum-quanto"):
+    with pytest.raises(fw.MissingPartError, match=r"int4 needs .*: pip install optimum-quanto"):
         quantization_config("int4:quanto")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
@@ -94,7 +95,7 @@ def _sample(model: PreTrainedModel, names: Collection[str]) -> dict[str, list[fl
     usable = [
         (n, p) for n, p in model.named_parameters()
         if p.is_floating_point() and not p.is_meta and p.numel() >= _NUMBERS and not n.startswith("foreword.")
-        and not is_traceable_wrapper_subclass(p)
+        and (hasattr(p, "full_tensor") or not is_traceable_wrapper_subclass(p))
     ]  # fmt: skip
     backbone = f"{model.base_model_prefix}."
     inside = [(n, p) for n, p in usable if n.startswith(backbone) and not n.startswith(f"{backbone}pooler")]
@@ -105,7 +106,13 @@ def _sample(model: PreTrainedModel, names: Collection[str]) -> dict[str, list[fl
     step = max(1, len(usable) // _PARAMETERS)
     chosen = named or usable[::step][:_PARAMETERS]
     with torch.no_grad():
-        return {n: [float(x) for x in p.flatten()[:_NUMBERS].float().cpu()] for n, p in chosen}
+        return {n: [float(x) for x in _whole(p).flatten()[:_NUMBERS].float().cpu()] for n, p in chosen}
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Of one that FSDP has spread over processes, all of it (which every process has to ask for)."""
+    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole
 
 
 def _short(numbers: Sequence[float]) -> str:

@@ -99,4 +99,4 @@ def keep_backward(model: nn.Module) -> None:
                 "gradients do not pass through that; load the model again and attach before it is run"
             )
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False

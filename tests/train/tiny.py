@@ -13,10 +13,10 @@ from foreword.data import Collator
 
 STEPS = 6
 HERE = Path(__file__).parent
-# For processes that tests start: one thread, no network, and this folder's modules.
+# For processes that tests start: one thread, no network, this folder's modules, the foreword tested.
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
-    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+    "PYTHONPATH": os.pathsep.join(map(str, [HERE, HERE.parent, Path(fw.__file__).parents[1]])),
 }  # fmt: skip
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "remove_unused_columns": False}
 

@@ -79,7 +79,8 @@ def train_prefix(
         for noisy in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(noisy)
         with stop:
-            if trainer.args.should_save and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            sharded = trainer.is_distributed_loading_by_transformers or trainer.is_deepspeed_enabled
+            if trainer.args.should_save and not sharded:  # one process alone can't run a step of a sharded model
                 console.print(f"memory: {estimate_memory(trainer).describe()}", highlight=False)
             trainer.train(resume_from_checkpoint=resume or None)
         done = trainer.state.global_step
