@@ -334,7 +334,6 @@ def test_a_step_repeated_in_each_layer_is_the_concatenation(mixed, monkeypatch):
               "return_dict_in_generate": True}  # fmt: skip
     with attention_path("concat"):
         want = model.generate(tokens, **common)
-    monkeypatch.setattr(attention, "_forced", False)
     found = []
     monkeypatch.setattr(attention, "repeated", lambda *a: found.append(_step.repeated(*a)) or found[-1])
     got = model.generate(tokens, **common)

@@ -17,6 +17,7 @@ from foreword.input_prompts import input_prompt, reads_into_decoder, saved_promp
 from foreword.memory import Memory, Recall
 from foreword.positions import check_offset, find_rotations
 from foreword.prefix import Prefix
+from foreword.quantized import keep_backward
 from foreword.sites import Site, select
 from foreword.sites import sites as find_sites
 from foreword.tuning import Tuning
@@ -43,6 +44,8 @@ def build(
 ) -> Tuning:
     """Everything that ``attach`` does. What was begun is undone if something doesn't fit."""
     _check_items(items)
+    if trainable or any(not isinstance(i, Prefix) for i in items):
+        keep_backward(model)
     tuning = Tuning(model, Fingerprint.of(model))
     prefixes = [i for i in items if isinstance(i, Prefix)]
     configs = sorted((i for i in items if not isinstance(i, Prefix)), key=lambda c: _ORDER.index(type(c)))

@@ -43,7 +43,7 @@ from foreword._views import BatchPrefix, SitePrefix
 from foreword.errors import ConfigError
 
 _PATH: ContextVar[Path | Literal["auto"]] = ContextVar("foreword_path", default="auto")
-_forced = False  # whether attention_path was ever used: asking a context variable costs something in each layer
+_forced = 0  # blocks of attention_path that are open: asking a context variable costs something in each layer
 
 
 @contextmanager
@@ -58,12 +58,13 @@ def attention_path(path: Path | Literal["auto"]) -> Iterator[None]:
     if path not in ("auto", "merged", "step", "concat"):
         raise ConfigError(f'attention path {path!r} is unknown; expected "auto", "merged", "step" or "concat"')
     global _forced
-    _forced = True
+    _forced += 1
     token = _PATH.set(path)
     try:
         yield
     finally:
         _PATH.reset(token)
+        _forced -= 1
 
 
 def attend(

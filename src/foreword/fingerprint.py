@@ -7,12 +7,14 @@ Weights are compared as numbers within a tolerance, so the same model in another
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from foreword.sites import Site
@@ -37,14 +39,15 @@ class Fingerprint:
     layer_types: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Fingerprint:
+    def of(cls, model: PreTrainedModel, names: Collection[str] = ()) -> Fingerprint:
+        """Of a model; with the parameters of these names where it has them, else of some that are spread over it."""
         name = str(getattr(model.config, "_name_or_path", "") or "")
         if Path(name).is_absolute() or Path(name).exists():
             name = Path(name).name  # a folder of this machine means nothing on another
         types: dict[str, int] = {}
         for kind in getattr(model.config.get_text_config(), "layer_types", None) or []:
             types[str(kind)] = types.get(str(kind), 0) + 1
-        return cls(name, type(model).__name__, _sample(model), types)
+        return cls(name, type(model).__name__, _sample(model, names), types)
 
     def difference(self, other: Fingerprint) -> str | None:
         """What differs in the weights, in words; None where all numbers known to both agree."""
@@ -83,24 +86,33 @@ def shape_differences(mine: Sequence[Site], theirs: Sequence[Site]) -> list[str]
     return problems
 
 
-def _sample(model: PreTrainedModel) -> dict[str, list[float]]:
-    """The first numbers of a few floating-point parameters spread over the backbone.
+def _sample(model: PreTrainedModel, names: Collection[str]) -> dict[str, list[float]]:
+    """The first numbers of a few floating-point parameters spread over the backbone, or of those named.
 
-    A head may be new and random, and so may a pooler that the checkpoint lacks.
+    A head may be new and random, and so may a pooler that the checkpoint lacks. Quantised weights are left out: the
+    same base in another width is the same base, and embeddings and norms, which keep theirs, tell two bases apart.
     """
     usable = [
         (n, p) for n, p in model.named_parameters()
         if p.is_floating_point() and not p.is_meta and p.numel() >= _NUMBERS and not n.startswith("foreword.")
+        and (hasattr(p, "full_tensor") or not is_traceable_wrapper_subclass(p))
     ]  # fmt: skip
     backbone = f"{model.base_model_prefix}."
     inside = [(n, p) for n, p in usable if n.startswith(backbone) and not n.startswith(f"{backbone}pooler")]
     usable = inside or usable
     if not usable:
         return {}
+    named = [(n, p) for n, p in usable if n in names]
     step = max(1, len(usable) // _PARAMETERS)
-    chosen = usable[::step][:_PARAMETERS]
+    chosen = named or usable[::step][:_PARAMETERS]
     with torch.no_grad():
-        return {n: [float(x) for x in p.flatten()[:_NUMBERS].float().cpu()] for n, p in chosen}
+        return {n: [float(x) for x in _whole(p).flatten()[:_NUMBERS].float().cpu()] for n, p in chosen}
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Of one that FSDP has spread over processes, all of it (which every process has to ask for)."""
+    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole
 
 
 def _short(numbers: Sequence[float]) -> str:

@@ -39,6 +39,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     attn: str | None = None,
     device: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, in eval mode.
 
@@ -50,15 +51,17 @@ def load_model(
         dtype: a torch dtype or its name; None keeps the precision the weights are stored in.
         attn: transformers' ``attn_implementation`` (``"eager"``, ``"sdpa"``, ...); None lets it choose.
         device: where to put the model, such as ``"cpu"`` or ``"cuda:0"``; None leaves it on the CPU.
+        quantize: ``"int8"`` or ``"int4"``: the width of the linear layers' weights, by a backend that is installed
+            (torchao, bitsandbytes, quanto), or by one that is named: ``"int4:quanto"``. None: as they are stored.
 
     A GGUF file is converted to plain 32-bit weights in :func:`cache_dir` the first time (about four bytes a
     parameter on disk), and loads from there in seconds afterwards.
 
     Raises:
-        ConfigError: the name, kind, dtype or device is wrong, files are missing or damaged, or the hub
+        ConfigError: the name, kind, dtype, device or ``quantize`` is wrong, files are missing or damaged, or the hub
             cannot be reached.
         UnsupportedModelError: the model is of another kind, or needs code from its own repository.
-        MissingPartError: the demo package, or the reader for GGUF files, is not installed.
+        MissingPartError: the demo package, the reader for GGUF files or a quantisation backend is not installed.
     """
     if kind not in KINDS:
         raise ConfigError(f"Unknown kind {kind!r}: it is one of {', '.join(map(repr, KINDS))}.")
@@ -66,6 +69,12 @@ def load_model(
     if attn is not None:
         settings["attn_implementation"] = attn
     where = _resolve_device(device)
+    if quantize is not None:
+        from .quantized import quantization_config
+
+        settings["quantization_config"] = quantization_config(quantize)
+        if where is not None:
+            settings["device_map"] = {"": where}  # quantised where it is to stay: some backends cannot be moved
     source, local = _locate(name, kind)
 
     tokenizer = _read("AutoTokenizer", source, local)
@@ -77,7 +86,7 @@ def load_model(
             f"{source} has no weights for {_some(missing)}, so it is not a complete {kind} model. Use "
             f"another checkpoint, or the kind that it was saved as ({_other_kinds(kind)})."
         )
-    if where is not None:
+    if where is not None and quantize is None:
         model.to(where)
     if (converted := re.fullmatch(r"(.+)-[0-9a-f]{16}", Path(source).name)) and cache_dir() in Path(source).parents:
         model.config._name_or_path = converted[1]  # what a prefix remembers of its base: the file, not our cache

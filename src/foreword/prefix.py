@@ -363,7 +363,7 @@ class Prefix:
                 f"({self.fingerprint.base_model or 'unnamed'}) and doesn't fit {type(model).__name__}: "
                 f"{problems[0]}{more}"
             )
-        difference = self.fingerprint.difference(Fingerprint.of(model))
+        difference = self.fingerprint.difference(Fingerprint.of(model, self.fingerprint.weights))
         if difference and not force:
             raise MismatchError(
                 f"this prefix was made on other weights ({self.fingerprint.base_model or 'unnamed'}): {difference}. "

@@ -23,6 +23,7 @@ from foreword._given import Task
 from foreword._holder import CHILD, PrefixHolder, SiteSlot, require_detached, tuning_of
 from foreword._passes import Passes
 from foreword._queries import Queries
+from foreword._sharded import show_shards
 from foreword._views import SitePrefix
 from foreword.config import PrefixConfig
 from foreword.encoders import PrefixEncoder
@@ -109,6 +110,7 @@ class Tuning:
         self.holder.moved = self._passes.forget
         self._strength = 1.0
         self._undo: list[Any] = []
+        show_shards(model)
         self._flags: dict[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
 
     @property
@@ -359,6 +361,7 @@ class Tuning:
         self.trainable = trainable
         trained = {p for part in self.weight_parts() for p in part.values if p.requires_grad}
         if trainable:
+            show_shards(self.model)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(parameter in trained)
         self._place(trainable)

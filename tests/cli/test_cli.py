@@ -158,6 +158,16 @@ def test_show_batch_marks_what_is_supervised_and_trains_nothing(run, folder, dat
     assert run("train", "--model", folder, "--data", data, "--show-batch")[0] == 0
 
 
+def test_show_memory_prints_the_parts_and_trains_nothing(run, folder, data, tmp_path):
+    out = tmp_path / "out"
+    given = ("train", "--model", folder, "--data", data, "--show-memory", "--init", "random", "--out", out)
+    code, shown, _ = run(*given)
+    assert code == 0 and not out.exists() and "base model" in shown and "at the peak" in shown
+    few, many = (json.loads(run(*given, "--json", "--batch-size", n)[1]) for n in (2, 8))
+    assert few["base"] == many["base"] > 0 and many["rows"] == 8
+    assert 3 < many["activations"] / few["activations"] < 5
+
+
 def test_where_limit_and_columns_choose_the_data(run, folder, data, tmp_path):
     given = ("train", "--model", folder, "--data", data, "--show-batch")
     assert "4 examples" in run(*given, "--where", "label=1")[2]

@@ -68,3 +68,34 @@ def test_two_processes_train_the_prefix_of_one_with_the_doubled_batch(tmp_path):
     assert names[0] & {"foreword.json", "training_args.json", "trainer_state.json"} and not names[1] & ours
     assert names[1] <= {"rng_state_1.pth"}, names[1]
     assert fw.Prefix.load(out / "checkpoint-6").keys.keys() == want.keys.keys()
+
+
+@pytest.mark.slow
+def test_a_base_sharded_by_fsdp2_trains_the_prefix_of_one_process(tmp_path):
+    pytest.importorskip("transformers.distributed", reason="this transformers does not shard while loading")
+    folder, out = tmp_path / "model", tmp_path / "run"
+    zoo.build("llama").save_pretrained(folder)
+    torchrun("fsdp_trainer.py", folder, out, tmp_path)
+    ranks = [json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1)]
+    model, tuning = tiny.tuned(gate="head", seed=0)
+    one = tiny.trainer(model, tmp_path / "one", per_device_train_batch_size=8)
+    start = tuning.bake()
+    one.train()
+    want, twice = tuning.bake(), [fw.Prefix.load(tmp_path / f"prefix-{i}") for i in (0, 1)]
+    whole = sum(p.numel() for p in model.parameters()) - tuning.num_parameters
+    for rank in ranks:
+        assert rank["world"] == 2 and rank["plain"] and rank["sharded"] >= 20 and rank["known"] == 8
+        assert rank["local"] < 0.51 * whole and rank["graded after detaching"] >= 20
+        assert rank["graded"] and all(n.startswith("foreword.") for n in rank["graded"])
+    assert list(ranks[0]["losses"].values()) == pytest.approx(list(tiny.losses(one).values()), abs=1e-4)
+    saved = fw.Prefix.load(out / "checkpoint-6")
+    for site in want.keys:
+        for theirs in (*twice, saved):
+            torch.testing.assert_close(theirs.keys[site], want.keys[site], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(theirs.bias[site], want.bias[site], atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(want.keys[site], start.keys[site], atol=1e-3)
+    assert not list((out / "checkpoint-6").glob("model*")) and not list((out / "checkpoint-6").glob("*pytorch_model*"))
+    # Made on a sharded base, it knows the base that it fits, and another that it does not.
+    fw.attach(zoo.build("llama"), saved).detach()
+    with pytest.raises(fw.MismatchError):
+        fw.attach(zoo.build("llama", seed=1), saved)

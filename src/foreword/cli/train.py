@@ -89,7 +89,9 @@ def run(
     save_every: Annotated[int, Option(min=1, help="Steps between checkpoints.", rich_help_panel=_RUN)] = 100,
     eval_every: Annotated[int, Option(min=1, help="Steps between validations.", rich_help_panel=_RUN)] = 50,
     checkpointing: Annotated[bool, Option(help="Gradient checkpointing: less memory, slower.", rich_help_panel=_RUN)] = False,
+    show_memory: Annotated[bool, Option("--show-memory", help="Print what a step will need in memory, and stop.", rich_help_panel=_RUN)] = False,
     dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, …", rich_help_panel=_RUN)] = None,
+    quantize: Annotated[str | None, Option(help="Load the base in int8 or int4, by an installed backend (or int4:quanto, …).", rich_help_panel=_RUN)] = None,
     attn: Annotated[str | None, Option(help="Attention implementation of the base model.", rich_help_panel=_RUN)] = None,
     seed: Annotated[int, Option(rich_help_panel=_RUN)] = 0,
     grow_from: Annotated[int | None, Option(min=1, help="Begin with N virtual tokens and grow to --length.", rich_help_panel=_PLAN)] = None,
@@ -102,8 +104,10 @@ def run(
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Train a prefix: the base model stays frozen, only the virtual tokens learn."""
-    if out is None and not show_batch:
-        raise ConfigError("--out names the folder for the prefix; give one (or --show-batch to only look at the data)")
+    if out is None and not (show_batch or show_memory):
+        raise ConfigError(
+            "--out names the folder for the prefix; give one (or --show-batch or --show-memory, to only look)"
+        )
     for name, value in (("--learning-rate", learning_rate), ("--epochs", epochs)):
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} {value}; expected a number above 0")
@@ -114,7 +118,7 @@ def run(
     from foreword.config import PrefixConfig
     from foreword.models import load_model
     from foreword.prefix import Prefix
-    from foreword.train.run import train_prefix
+    from foreword.train.run import memory_of_run, train_prefix
 
     console = Console(stderr=True)
     what: Prefix | list[methods.Config]
@@ -141,19 +145,23 @@ def run(
         what = [makers[m]() for m in method or [Method.prefix]]
     source = Source(data, valid, valid_share, column or (), where or (), split, limit, max_length, seed)
     examples = source.read()
-    base, tokenizer = load_model(model, dtype=dtype, attn=attn)
+    base, tokenizer = load_model(model, dtype=dtype, attn=attn, quantize=quantize)
     train_set, valid_set = source.encode(examples, tokenizer, base)
     console.print(f"data: {train_set.stats.describe()}")
     if show_batch:
         _show(train_set, tokenizer, base, batch_size)
         return
-    assert out is not None
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate, "seed": seed,
         "learning_rate": learning_rate, "warmup_steps": warmup, "max_grad_norm": clip, "save_steps": save_every,
         "eval_steps": eval_every, "gradient_checkpointing": checkpointing, "num_train_epochs": epochs,
         "max_steps": steps if steps is not None else -1,
     }  # fmt: skip
+    if show_memory:
+        needed = memory_of_run(base, tokenizer, what, train_set, arguments)
+        print_json(needed.to_json()) if as_json else Console().print(needed.table())
+        return
+    assert out is not None
     result = train_prefix(
         base,
         tokenizer,

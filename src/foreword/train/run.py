@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from foreword.errors import ConfigError
 from foreword.methods import Config
 from foreword.prefix import Prefix
 from foreword.train.arguments import PrefixTrainingArguments
+from foreword.train.memory_estimate import MemoryEstimate, estimate_memory
 from foreword.train.progress import RichProgress, StopOnSignal
 from foreword.train.trainer import PrefixTrainer, last_checkpoint
 from foreword.tuning import attach
@@ -77,17 +79,13 @@ def train_prefix(
     tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
     progress, stop = RichProgress(label, console), StopOnSignal(console)
     try:
-        trainer = PrefixTrainer(
-            model,
-            args,
-            train_dataset=dataset,
-            eval_dataset=valid,
-            data_collator=Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder),
-            callbacks=[progress, stop, *callbacks],
-        )
+        trainer = _trainer(model, tokenizer, args, dataset, valid, [progress, stop, *callbacks])
         for noisy in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(noisy)
         with stop:
+            sharded = trainer.is_distributed_loading_by_transformers or trainer.is_deepspeed_enabled
+            if trainer.args.should_save and not sharded:  # one process alone can't run a step of a sharded model
+                console.print(f"memory: {estimate_memory(trainer).describe()}", highlight=False)
             trainer.train(resume_from_checkpoint=resume or None)
         done = trainer.state.global_step
         evaluated = any("eval_loss" in e and e.get("step") == done for e in trainer.state.log_history)
@@ -105,6 +103,37 @@ def train_prefix(
         progress.close()
         if tuning.attached:
             tuning.detach()
+
+
+def memory_of_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    what: Config | Prefix | Sequence[Config | Prefix],
+    dataset: EncodedDataset,
+    arguments: dict[str, Any],
+) -> MemoryEstimate:
+    """What :func:`train_prefix` with the same arguments would need in memory; nothing is trained or written."""
+    tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
+    try:
+        with TemporaryDirectory() as out:
+            args = _arguments(Path(out), {**arguments, "report_to": "none"}, False)
+            return estimate_memory(_trainer(model, tokenizer, args, dataset, None, []))
+    finally:
+        tuning.detach()
+
+
+def _trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PrefixTrainingArguments,
+    dataset: EncodedDataset,
+    valid: EncodedDataset | None,
+    callbacks: list[TrainerCallback],
+) -> PrefixTrainer:
+    collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
+    return PrefixTrainer(
+        model, args, train_dataset=dataset, eval_dataset=valid, data_collator=collator, callbacks=callbacks
+    )
 
 
 def _check_out(out: Path, resume: bool) -> None:

@@ -24,8 +24,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from foreword.config import PrefixConfig
-from foreword.errors import AttachError, DivergedError, PrefixFileError
+from foreword.errors import AttachError, ConfigError, DivergedError, PrefixFileError
 from foreword.methods import usual_learning_rate
+from foreword.quantized import adapters_are_on
 from foreword.train.arguments import PrefixTrainingArguments
 from foreword.train.curves import draw_curves
 from foreword.train.rollback import EVENT as ROLLED_BACK
@@ -49,6 +50,7 @@ class PrefixTrainer(Trainer):
 
     Raises:
         AttachError: no trainable prefix is attached.
+        ConfigError: accelerate was asked to shard the model.
     """
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments | None = None, **kwargs: Any) -> None:
@@ -64,7 +66,14 @@ class PrefixTrainer(Trainer):
         _settle_learning_rate(args, tuning)
         self._norms: deque[float] = deque(maxlen=50)
         self._good: list[Tensor] = []
-        super().__init__(model, args, **kwargs)
+        with adapters_are_on(model):
+            super().__init__(model, args, **kwargs)
+        if self.is_fsdp_enabled:
+            raise ConfigError(
+                "accelerate's FSDP would shard the prefix with the base model, and its checkpoints hold the base; load "
+                "the base sharded instead and launch as for DDP: from_pretrained(..., distributed_config="
+                "DistributedConfig(fsdp_size=N)), with save_only_model=True in the arguments (docs/distributed.md)"
+            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """One group of parameters for each method that is trained, each with its learning rate."""
