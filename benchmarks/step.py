@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--methods", action="store_true", help="what each option costs over a plain prefix, instead")
+    parser.add_argument("--only", nargs="*", help="with --methods: these beside the plain prefix, printed and not kept")
     options = parser.parse_args()
 
     import torch
@@ -86,12 +87,15 @@ def main() -> None:
     against = "base"
     if options.methods:
         against = "plain prefix"
-        variants = {n: with_prefix(c) for n, c in methods(options.length).items()}
+        wanted = methods(options.length)
+        names = [against, *options.only] if options.only else wanted
+        variants = {n: with_prefix(wanted[n]) for n in names}
     result = ratios(take_turns(variants, rounds=options.rounds), against)
     print(f"batch {options.batch} x {options.tokens} tokens, {options.length} virtual tokens; ratios to the {against}")
     for name, ratio in result.items():
         print(f"{name:34} {ratio:.3f}")
-    keep("step_methods" if options.methods else "step", {"options": vars(options), "ratios": result})
+    if not options.only:
+        keep("step_methods" if options.methods else "step", {"options": vars(options), "ratios": result})
 
 
 def methods(length: int) -> dict:
