@@ -151,7 +151,7 @@ def main() -> None:
         found = cost(base, method, width, sharded, *sizes)
         spread = "FSDP2" if sharded else "DDP"
         trained = {"prefix": base.prefix(options.length), "lora": base.lora(options.rank), "full": base.parameters}
-        rows.append({"gpus": gpus, "spread": spread, "base": width, "method": method, "trained": trained[method],
+        rows.append({"gpus": gpus, "spread": spread, "width": width, "method": method, "trained": trained[method],
                      **asdict(found), "memory": found.memory, "traffic": found.traffic})  # fmt: skip
         print(
             f"| {gpus} | {spread} | {width} | {method} | {trained[method] / 1e6:.3g} M | {readable(found.memory)} | "
