@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,7 +29,6 @@ def _seeded():
 
 @pytest.fixture
 def tokenizer():
-    """One of its own for each test: a pipeline turns its tokenizer's padding to the left."""
     import zoo
 
-    return copy.deepcopy(zoo.tokenizer())
+    return zoo.tokenizer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -177,9 +178,13 @@ def random_prefix(model, sites, length=3, seed=0, scale=0.5):
     }
 
 
-@functools.cache
 def tokenizer():
-    """Byte-level BPE over the letters of SENTENCES: at most 99 ids."""
+    """Byte-level BPE over the letters of SENTENCES: at most 99 ids. A new one each time: pipelines change theirs."""
+    return copy.deepcopy(_tokenizer())
+
+
+@functools.cache
+def _tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
