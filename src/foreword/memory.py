@@ -61,8 +61,12 @@ class SiteMemory:
             for matrices in factors:
                 out = out @ matrices[task]
             return out.transpose(1, 2)
-        # One memory for all rows: a product a head, on a copy that the activation may write into.
         batch, heads, length, dim = query.shape
+        if batch * length > dim:  # many queries: one product by U V, made once, costs less than two
+            factors = [matrices[0] for matrices in factors]
+            whole = factors[0] @ factors[1] if self.up is not None else factors[0]
+            return torch.einsum("bhsd,hde->bshe", activate(query), whole)
+        # A step of generation: a product a head, on a copy that the activation may write into.
         out = query.transpose(0, 1).clone(memory_format=torch.contiguous_format).view(heads, batch * length, dim)
         out = nn.functional.elu(out, inplace=True) if self.activation == "elu" else activate(out)
         for matrices in factors:
