@@ -41,3 +41,19 @@ class DivergedError(ForewordError):
 
 class MissingPartError(ForewordError):
     """Something optional is not installed; the message gives the command that installs it."""
+
+
+class OverloadedError(ForewordError):
+    """A serving engine's queue is full; ``retry_after`` says in how many seconds to try again."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(ForewordError):
+    """A request was not answered within its time."""
+
+
+class StoppedError(ForewordError):
+    """A serving engine takes no requests any more, or stopped while one was running."""

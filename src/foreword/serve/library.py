@@ -6,10 +6,8 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,21 +16,11 @@ from foreword._queries import Queries
 from foreword._views import SitePrefix
 from foreword.conditional import part_of
 from foreword.errors import AttachError, ConfigError, MismatchError
-from foreword.memory import SiteMemory
 from foreword.prefix import Prefix
+from foreword.serve._mixing import Choice, view_of
 from foreword.sites import Site
 from foreword.sites import sites as find_sites
 from foreword.tuning import SiteSlot, require_detached
-from foreword.visibility import Visibility
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """The tasks of a ``use`` block: the prefixes as they were when it began, and what each site reads of them."""
-
-    prefixes: tuple[Prefix | None, ...]  # the different ones
-    rows: tuple[int, ...] | None  # which of them each row reads; None: all rows the only one
-    views: dict[str, SitePrefix | None] = field(default_factory=dict)
 
 
 class Library:
@@ -55,7 +43,7 @@ class Library:
         self.sites: list[Site] = find_sites(model, example_inputs)
         self._prefixes: dict[str, Prefix] = {}
         self._queries: Queries | None = None
-        self._choice: ContextVar[_Choice | None] = ContextVar("foreword_choice", default=None)
+        self._choice: ContextVar[Choice | None] = ContextVar("foreword_choice", default=None)
         self._undo = _interface.install(model)
         for site in self.sites:
             model.get_submodule(site.name).__dict__[_interface.SLOT] = SiteSlot(site.name, self)
@@ -132,7 +120,16 @@ class Library:
         different = list(dict.fromkeys(names))
         prefixes = tuple(None if n is None else self[n] for n in different)
         rows = None if tasks is None or isinstance(tasks, str) else tuple(different.index(n) for n in names)
-        token = self._choice.set(_Choice(prefixes, rows))
+        with self.reading(Choice(prefixes, rows)):
+            yield
+
+    @contextmanager
+    def reading(self, choice: Choice | None) -> Iterator[None]:
+        """Within the block the model's attention reads what ``choose`` (or an earlier ``use``) chose; None: nothing.
+
+        For callers that run many passes with the same rows: what the sites read is made in the first pass and kept.
+        """
+        token = self._choice.set(choice)
         try:
             yield
         finally:
@@ -156,96 +153,10 @@ class Library:
         if choice is None:
             return None
         if site not in choice.views:
-            choice.views[site] = _view(choice, site)
+            choice.views[site] = view_of(choice, site)
         return choice.views[site]
 
     def seen(self, site: str, prefix: SitePrefix, query: Tensor) -> Tensor | None:
         """Which queries of a site see the prefixes; None: all."""
         assert self._queries is not None and prefix.seen_by is not None
         return self._queries.seen(site, prefix.seen_by, prefix.rows, query)
-
-
-def _view(choice: _Choice, site: str) -> SitePrefix | None:
-    """The tasks' keys and values at a site: as they are for one task, padded to one tensor for several."""
-    here = [p if p is not None and site in p.keys else None for p in choice.prefixes]
-    present = [p for p in here if p is not None]
-    if not any(p.length(site) or site in p.memory for p in present):
-        return None
-    longest = max(p.length(site) for p in present)
-    like = present[0]
-    keys = _stack([_padded(p.keys[site] if p else None, longest, like.keys[site]) for p in here])
-    values = _stack([_padded(p.values[site] if p else None, longest, like.values[site]) for p in here])
-    lengths = torch.tensor([p.length(site) if p else 0 for p in here], device=keys.device)
-    visible = torch.arange(longest, device=keys.device) < lengths[:, None]
-    rows = torch.tensor(choice.rows, device=keys.device) if choice.rows is not None else None
-    heads, dim, out = _shape(site, present)
-    gates = [p.gates.get(site) if p else None for p in here]
-    gated = torch.tensor([g is not None for g in gates], device=keys.device)
-    rules = tuple(p.visible if p else Visibility() for p in here)
-    return SitePrefix(
-        keys,
-        values,
-        rows,
-        None if bool(visible.all()) else visible,
-        bias=_stacked([p.bias.get(site) if p else None for p in here], (heads,), keys),
-        gate=_stacked(gates, (heads,), keys),
-        reading=_stacked([p.readings.get(site) if p else None for p in here], (heads, dim + 1), keys),
-        seen_by=rules if longest and any(r.kind != "all" for r in rules) else None,
-        memory=_memory(site, here, (heads, dim, out), keys),
-        gated=gated if bool(gated.any()) and not bool(gated.all()) else None,
-    )
-
-
-def _shape(site: str, present: Sequence[Prefix]) -> tuple[int, int, int]:
-    found = next(s for s in present[0].sites if s.name == site)
-    return found.heads, found.key_dim, found.value_dim
-
-
-def _stacked(each: Sequence[Tensor | None], shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """One tensor for all tasks, ``(T, *shape)``, zero for those that have none; None where no task has one."""
-    if all(t is None for t in each):
-        return None
-    return _stack([t.to(like) if t is not None else like.new_zeros(shape) for t in each])
-
-
-def _stack(each: Sequence[Tensor]) -> Tensor:
-    """``torch.stack``, without a copy of the only one."""
-    return torch.stack(list(each)) if len(each) > 1 else each[0].unsqueeze(0)
-
-
-def _memory(site: str, here: Sequence[Prefix | None], shape: tuple[int, int, int], like: Tensor) -> SiteMemory | None:
-    """The tasks' memories at a site: factors where all have the same rank, else whole matrices."""
-    holders = [p for p in here if p is not None and site in p.memory]
-    if not holders:
-        return None
-    if len({p.recall for p in holders}) > 1:
-        raise AttachError(
-            "memories of different activations or queries can't be mixed in one batch; use them one at a time"
-        )
-    recall = holders[0].recall
-    rotation = holders[0].rotations.get(site) if recall.queries == "plain" else None
-    heads, dim, out = shape
-    ranks = {up.shape[1] if (up := p.memory_up.get(site)) is not None else None for p in holders}
-    rank = ranks.pop() if len(ranks) == 1 else None
-    if rank is None:
-        matrix = _stacked([_whole(p, site) if p else None for p in here], (heads, dim, out), like)
-        up = None
-    else:
-        matrix = _stacked([p.memory.get(site) if p else None for p in here], (heads, dim, rank), like)
-        up = _stacked([p.memory_up.get(site) if p else None for p in here], (heads, rank, out), like)
-    assert matrix is not None
-    return SiteMemory(matrix, up, recall.activation, rotation)
-
-
-def _whole(prefix: Prefix, site: str) -> Tensor | None:
-    """A memory multiplied out: ``(heads, key_dim, value_dim)``."""
-    matrix, up = prefix.memory.get(site), prefix.memory_up.get(site)
-    return matrix if matrix is None or up is None else matrix @ up
-
-
-def _padded(tensor: Tensor | None, length: int, like: Tensor) -> Tensor:
-    if tensor is None:
-        return like.new_zeros(like.shape[0], length, like.shape[2])
-    if tensor.shape[1] == length:
-        return tensor
-    return torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[1]))
