@@ -113,7 +113,9 @@ def test_joining_and_leaving_changes_no_answer(plan):
         for length, tokens, task, strength, n, gone in (r[1:] for r in plan if r[0] == step):
             kept = Kept(n)
             request = made.submit(prompt(length, length), greedy(tokens, n=n, strength=strength), task, kept)
-            running.append([(length, tokens, task, strength), request, None if gone is None else step + gone, kept, False])
+            running.append(
+                [(length, tokens, task, strength), request, None if gone is None else step + gone, kept, False]
+            )
         for entry in running:
             if entry[2] == step and not entry[3].ended.is_set():
                 made.cancel(entry[1])
@@ -176,7 +178,7 @@ def test_rows_of_very_different_lengths_are_written_apart():
         made.step()
         lanes = max(lanes, made.stats.lanes)
         assert made.stats.padding <= most * max(1, made.stats.lanes)
-    assert 8 * 96 > most  # all of them in one lane would have been more
+    assert most < 8 * 96  # all of them in one lane would have been more
     assert lanes >= 2
     for i, sink in enumerate(kept):
         assert sink.tokens == [alone(held, prompt(100 if i % 2 else 4, i), "middle", 6)]
