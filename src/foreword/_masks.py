@@ -16,22 +16,28 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 _local = threading.local()
-_Held = tuple["weakref.ref[Tensor]", "Tensor | int", Tensor]  # the mask, its state, what was made of it
+_Held = tuple["weakref.ref[Tensor]", "Tensor | int", Tensor, Any]  # the mask, its state, what was made of it and with
 
 
-def remembered(source: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-    """``make()``, or what it returned last time for the same tensor and key."""
+def remembered(
+    source: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor], beside: Tensor | None = None
+) -> Tensor:
+    """``make()``, or what it returned last time for the same tensor and key.
+
+    Args:
+        beside: another tensor that it is made of, which nobody changes.
+    """
     if is_compiling():
         return make()
     memo: dict[tuple[Any, ...], _Held] = _local.__dict__.setdefault("memo", {})
-    key = (id(source), *key)  # a model may hand out several masks in turn, one a kind of layer
+    key = (id(source), id(beside), *key)  # a model may hand out several masks in turn, one a kind of layer
     held = memo.get(key)
     if held is not None and held[0]() is source and _unchanged(source, held[1]):
         return held[2]
     with torch.inference_mode(False):  # so that what is made has a version counter in any case
         made = make()
     forget = weakref.ref(source, lambda _: memo.pop(key, None))
-    memo[key] = (forget, source.clone() if source.is_inference() else source._version, made)
+    memo[key] = (forget, source.clone() if source.is_inference() else source._version, made, beside)
     return made
 
 

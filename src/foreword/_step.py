@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from foreword._masks import additive, dead_rows, extend_mask
+from foreword._masks import additive, dead_rows, extend_mask, remembered
 
 if TYPE_CHECKING:
     from foreword._views import BatchPrefix, SitePrefix
@@ -81,7 +81,13 @@ def joint_mask(prefix: BatchPrefix, mask: Tensor | None, query: Tensor, keys: in
         mask = torch.zeros(1, 1, 1, keys, dtype=query.dtype, device=query.device)
     numbers = additive(mask, query.dtype)
     assert numbers is not None
-    hidden = extend_mask(numbers, prefix.length, prefix.visible, prefix.bias)
+    if prefix.bias is None and prefix.visible is not None:
+        hidden = remembered(
+            numbers, ("joint", prefix.length), lambda: extend_mask(numbers, prefix.length, prefix.visible, None),
+            beside=prefix.visible,
+        )  # fmt: skip
+    else:
+        hidden = extend_mask(numbers, prefix.length, prefix.visible, prefix.bias)
     if alike and query.shape[2] == 1 and not mask.is_inference() and not is_compiling():
         global _last
         _last = (weakref.ref(mask), mask._version, prefix.length, hidden)

@@ -37,6 +37,7 @@ class Choice:
     rows: tuple[int, ...] | None
     exact: bool = False
     views: dict[str, SitePrefix | None] = field(default_factory=dict)
+    shared: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # which tokens there are, by the tasks' lengths
 
 
 def choose(prefixes: Sequence[Prefix | None], strengths: Sequence[float]) -> Choice:
@@ -94,8 +95,7 @@ def view_of(choice: Choice, site: str) -> SitePrefix | None:
     like = present[0]
     keys = _stack([_padded(p.keys[site] if p else None, longest, like.keys[site]) for p in here])
     values = _stack([_padded(p.values[site] if p else None, longest, like.values[site]) for p in here])
-    lengths = torch.tensor([p.length(site) if p else 0 for p in here], device=keys.device)
-    visible = torch.arange(longest, device=keys.device) < lengths[:, None]
+    visible = _visible(choice, [p.length(site) if p else 0 for p in here], keys.device)
     rows = torch.tensor(choice.rows, device=keys.device) if choice.rows is not None else None
     heads, dim, out = _shape(site, present)
     gates = [p.gates.get(site) if p else None for p in here]
@@ -105,7 +105,7 @@ def view_of(choice: Choice, site: str) -> SitePrefix | None:
         keys,
         values,
         rows,
-        None if bool(visible.all()) else visible,
+        visible,
         bias=_stacked([p.bias.get(site) if p else None for p in here], (heads,), keys),
         gate=_stacked(gates, (heads,), keys),
         reading=_stacked([p.readings.get(site) if p else None for p in here], (heads, dim + 1), keys),
@@ -113,17 +113,31 @@ def view_of(choice: Choice, site: str) -> SitePrefix | None:
         memory=_memory(site, here, (heads, dim, out), keys),
         gated=gated if bool(gated.any()) and not bool(gated.all()) else None,
     )
-    return _one_a_row(view) if choice.exact and rows is not None and len(rows) * longest <= _SMALL else view
+    return _one_a_row(view, choice) if choice.exact and rows is not None and len(rows) * longest <= _SMALL else view
 
 
-def _one_a_row(view: SitePrefix) -> SitePrefix:
+def _visible(choice: Choice, lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """``(T, P)`` False where a task is padded, one tensor for all sites that are alike; None: none is."""
+    if len(set(lengths)) == 1:
+        return None
+    key = tuple(lengths)
+    if key not in choice.shared:
+        choice.shared[key] = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    return choice.shared[key]
+
+
+def _one_a_row(view: SitePrefix, choice: Choice) -> SitePrefix:
     """The same, gathered now instead of at each call: ``T`` becomes ``B``. What asks for the rows stays as it is."""
     rows = view.rows
     if rows is None or view.memory is not None or view.gated is not None or view.seen_by is not None:
         return view
-    each = (view.keys, view.values, view.visible, view.bias, view.gate, view.reading)
-    keys, values, visible, bias, gate, reading = (None if t is None else t[rows] for t in each)
-    assert keys is not None and values is not None
+    each = (view.keys, view.values, view.bias, view.gate, view.reading)
+    keys, values, bias, gate, reading = (None if t is None else t[rows] for t in each)
+    assert keys is not None and values is not None and choice.rows is not None
+    visible = None
+    if view.visible is not None:
+        lengths = view.visible.sum(-1).tolist()
+        visible = _visible(choice, [lengths[r] for r in choice.rows], keys.device)
     return SitePrefix(keys, values, None, visible, bias, gate, reading=reading)
 
 

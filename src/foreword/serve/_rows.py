@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from foreword.memory import Recall
-from foreword.prefix import Prefix
 from foreword.serve._calls import Calls, padded
 from foreword.serve._mixing import Choice, choose, recall_of
 from foreword.serve.cache import RowCache
@@ -75,14 +74,14 @@ class Lane:
     @property
     def padding(self) -> int:
         """Columns of text and of prefixes that are no row's own."""
-        return self.padding_with([], [])
+        return self.padding_with([])
 
-    def padding_with(self, lengths: Sequence[int], prefixes: Sequence[Prefix | None]) -> int:
-        """What :attr:`padding` would be with more rows."""
-        columns = [*self.cache.lengths, *lengths]
-        readers = [*(a.request.prefix for a in self.answers), *prefixes]
-        virtual = [p.longest if p is not None else 0 for p in readers]
-        shared = len({id(p) for p in readers}) == 1  # one for all rows: there is nothing to pad
+    def padding_with(self, requests: Sequence[Request]) -> int:
+        """What :attr:`padding` would be with a row more of each of these."""
+        columns = [*self.cache.lengths, *(len(r.prompt) for r in requests)]
+        readers = [*(a.request for a in self.answers), *requests]
+        virtual = [r.virtual for r in readers]
+        shared = len({id(r.prefix) for r in readers}) == 1  # one for all rows: there is nothing to pad
         wasted = 0 if shared else len(virtual) * max(virtual, default=0) - sum(virtual)
         return len(columns) * max(columns, default=0) - sum(columns) + wasted
 
@@ -152,10 +151,10 @@ class Lanes:
 
     def place(self, answers: Sequence[Answer]) -> Lane:
         """The lane where a request's rows waste least; a new one where they waste too much everywhere."""
-        request, rows = answers[0].request, len(answers)
-        recall, lengths, prefixes = recall_of(request.prefix), [len(request.prompt)] * rows, [request.prefix] * rows
+        requests = [a.request for a in answers]
+        recall = recall_of(requests[0].prefix)
         padding = {
-            lane: lane.padding_with(lengths, prefixes)
+            lane: lane.padding_with(requests)
             for lane in self._lanes
             if None in (recall, lane.recall) or recall == lane.recall
         }

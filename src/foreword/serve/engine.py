@@ -256,7 +256,7 @@ class Engine:
             return not self._stopped
 
     def step(self) -> None:
-        """A part of the prompts that have come, and a token for every row. The thread does this; tests do it by hand."""
+        """A part of the prompts that have come, and a token for every row: what the thread does, over and over."""
         self._do_jobs()
         self._sweep()
         self._admit()

@@ -134,6 +134,7 @@ class Request:
         self.prompt = list(prompt)
         self.sampling = sampling
         self.prefix = prefix
+        self.virtual = prefix.longest if prefix is not None else 0  # tokens
         self.sink = sink
         self.deadline = deadline
         self.submitted = time.monotonic()
