@@ -376,6 +376,8 @@ class Engine:
     def _fail(self, error: Exception, requests: Iterable[Request]) -> None:
         for request in list(requests):
             if not request.cancelled:
+                if not isinstance(error, ForewordError):
+                    log.error("a request failed", exc_info=error)
                 request.cancelled = True
                 self.stats.failed += 1
                 request.tell(error)

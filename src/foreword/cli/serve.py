@@ -1,0 +1,124 @@
+"""`foreword serve`: an HTTP server for many tasks of one model."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Option
+
+from foreword.cli._shared import pairs, quiet
+from foreword.errors import ConfigError, ForewordError, MissingPartError
+
+if TYPE_CHECKING:
+    from foreword.prefix import Prefix
+    from foreword.serve.shelf import Shelf
+
+_TASKS, _LIMITS, _KEYS, _MODEL = "Tasks", "Limits", "Keys and logs", "Model"
+
+
+def run(
+    model: Annotated[str, Option(help="Base model: hub name, folder, .gguf file, or 'demo' (the packaged SmolLM2).")],
+    prefix: Annotated[list[str] | None, Option(help="A task: NAME=DIR, the folder of a saved prefix (several).", rich_help_panel=_TASKS)] = None,
+    prefix_dir: Annotated[Path | None, Option(help="A folder of saved prefixes: all are served, and tasks are loaded from here at run time.", rich_help_panel=_TASKS)] = None,
+    max_tasks: Annotated[int, Option(min=1, help="Tasks served at once, at most.", rich_help_panel=_TASKS)] = 1000,
+    force: Annotated[bool, Option("--force", help="Accept prefixes of a base model with other weights.", rich_help_panel=_TASKS)] = False,
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, Option(help="What clients call the base model.", show_default="the model's name")] = None,
+    rows: Annotated[int, Option(min=1, help="Answers written at once.", rich_help_panel=_LIMITS)] = 16,
+    queue: Annotated[int, Option(min=1, help="Requests that may wait; more get status 429.", rich_help_panel=_LIMITS)] = 64,
+    max_length: Annotated[int | None, Option(min=2, help="Tokens of a prompt and its answer together.", show_default="the model's", rich_help_panel=_LIMITS)] = None,
+    max_columns: Annotated[int | None, Option(min=2, help="Tokens that all rows at work may come to hold: bounds the memory of keys and values.", show_default="rows times length", rich_help_panel=_LIMITS)] = None,
+    step_tokens: Annotated[int, Option(min=1, help="Prompt tokens read between two tokens of running answers.", rich_help_panel=_LIMITS)] = 512,
+    max_n: Annotated[int, Option(min=1, help="Answers to one prompt.", rich_help_panel=_LIMITS)] = 8,
+    max_prompts: Annotated[int, Option(min=1, help="Prompts in one request.", rich_help_panel=_LIMITS)] = 16,
+    chat_tokens: Annotated[int, Option(min=1, help="Tokens of an answer to a chat that doesn't say.", rich_help_panel=_LIMITS)] = 512,
+    max_body: Annotated[int, Option(min=1024, help="Bytes of a request.", rich_help_panel=_LIMITS)] = 1 << 20,
+    timeout: Annotated[float, Option(min=0.1, help="Seconds that an answer may take, the queue included.", rich_help_panel=_LIMITS)] = 300.0,
+    idle_timeout: Annotated[float, Option(min=0.1, help="Seconds that a client may take to send its request, or leave its connection full.", rich_help_panel=_LIMITS)] = 30.0,
+    drain: Annotated[float, Option(min=1, help="Seconds that running answers may take after SIGTERM.", rich_help_panel=_LIMITS)] = 30.0,
+    api_keys: Annotated[Path | None, Option(help="File of keys, one a line; also FOREWORD_API_KEYS, with commas. None: anybody may ask.", rich_help_panel=_KEYS)] = None,
+    admin_keys: Annotated[Path | None, Option(help="File of keys to load and unload tasks; also FOREWORD_ADMIN_KEYS. None: nobody may.", rich_help_panel=_KEYS)] = None,
+    log_prompts: Annotated[bool, Option("--log-prompts", help="Write prompts into the log.", rich_help_panel=_KEYS)] = False,
+    dtype: Annotated[str | None, Option(help="float32, bfloat16, …", rich_help_panel=_MODEL)] = None,
+    attn: Annotated[str | None, Option(help="Attention implementation.", rich_help_panel=_MODEL)] = None,
+    device: Annotated[str | None, Option(help="cpu, cuda:0, …", rich_help_panel=_MODEL)] = None,
+    quantize: Annotated[str | None, Option(help="Base in int8 or int4.", rich_help_panel=_MODEL)] = None,
+) -> None:  # fmt: skip
+    """Serve tasks over HTTP, through the interface that OpenAI's clients speak: model="TASK" picks the prefix."""
+    _check_installed()
+    quiet()
+    from foreword.models import load_model
+    from foreword.serve.admission import Limits
+    from foreword.serve.engine import Engine
+    from foreword.serve.http import logs
+    from foreword.serve.http.app import create_app
+    from foreword.serve.http.keys import read_keys
+    from foreword.serve.http.run import listen, serve
+    from foreword.serve.http.service import Settings
+    from foreword.serve.library import Library
+    from foreword.serve.shelf import Shelf
+
+    base = name or (Path(model).stem if Path(model).exists() else model)
+    shelf = Shelf(prefix_dir) if prefix_dir is not None else None
+    settings = Settings(
+        base, read_keys(api_keys, "FOREWORD_API_KEYS"), read_keys(admin_keys, "FOREWORD_ADMIN_KEYS"), shelf,
+        tasks=max_tasks, prompts=max_prompts, n=min(max_n, rows), chat_tokens=chat_tokens, body_bytes=max_body,
+        body_seconds=idle_timeout, write_seconds=idle_timeout, seconds=timeout, log_prompts=log_prompts,
+    )  # fmt: skip
+    limits = Limits(rows=rows, queue=queue, length=max_length, columns=max_columns, step_tokens=step_tokens)
+    logs.set_up()
+    tasks = _tasks(prefix or [], shelf)  # and all else that can be wrong, before the model is loaded
+    if base in tasks:
+        raise ConfigError(f"{base!r} is the base model's name; call it or the task something else (--name)")
+    if len(tasks) > max_tasks:
+        raise ConfigError(f"{len(tasks)} tasks are more than --max-tasks {max_tasks}")
+    bound = listen(host, port)
+    try:
+        network, tokenizer = load_model(model, dtype=dtype, attn=attn, device=device, quantize=quantize)
+        library = Library(network)
+        for task, loaded in tasks.items():
+            library.add(task, loaded, force=force)
+        engine = Engine(library, tokenizer, limits)
+    except BaseException:
+        bound.close()
+        raise
+    if not len(settings.keys) and host not in ("127.0.0.1", "::1", "localhost"):
+        logs.event("no API key is set: whoever reaches this port may ask", level=logging.WARNING)
+
+    def ready() -> None:
+        address, number = bound.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        logs.event("ready", url=f"http://{shown}:{number}", base=base, tasks=len(tasks), length=engine.length)
+
+    serve(create_app(engine.start(), settings), engine, bound, drain=drain, ready=ready)
+
+
+def _check_installed() -> None:
+    missing = [n for n in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise MissingPartError(f'the server needs {", ".join(missing)}; get it with: pip install "foreword[serve]"')
+
+
+def _tasks(named: list[str], shelf: Shelf | None) -> dict[str, Prefix]:
+    """The prefixes to begin with. One that is named must load; one that only lies in the folder is left out."""
+    from foreword.prefix import Prefix
+    from foreword.serve.http import logs
+    from foreword.serve.shelf import check_name
+
+    tasks = {}
+    for name, folder in pairs(named, "--prefix").items():
+        tasks[check_name(name)] = Prefix.load(folder)
+    if shelf is not None:
+        for name in shelf.names():
+            try:
+                tasks.setdefault(name, shelf.load(name))
+            except ForewordError as exc:
+                logs.event("prefix left out", level=logging.ERROR, task=name, reason=str(exc))
+    if not tasks:
+        typer.echo("no task is given (--prefix NAME=DIR, --prefix-dir FOLDER): the base model is served", err=True)
+    return tasks
