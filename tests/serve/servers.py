@@ -40,7 +40,7 @@ def tokenizer():
 
 
 @contextmanager
-def serving(held=None, *, shelf=None, keys=(), admin=(), drain=5, **options):
+def serving(held=None, *, shelf=None, keys=(), admin=(), drain=5, send_buffer=None, **options):
     """A server in a thread: its ``url``, ``engine`` and ``app``."""
     held = held if held is not None else engines.library()
     limits = {k: options.pop(k) for k in list(options) if k in ("rows", "queue", "length", "columns", "step_tokens")}
@@ -48,6 +48,8 @@ def serving(held=None, *, shelf=None, keys=(), admin=(), drain=5, **options):
     settings = Settings("base", Keys(keys), Keys(admin), shelf, **options)
     app = create_app(engine, settings)
     bound = socket.socket()
+    if send_buffer is not None:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     bound.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=drain, timeout_keep_alive=5
@@ -66,7 +68,7 @@ def serving(held=None, *, shelf=None, keys=(), admin=(), drain=5, **options):
         )  # fmt: skip
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         engine.stop()
         bound.close()
         assert not thread.is_alive()
@@ -120,7 +122,7 @@ class Process:
         self.process.stderr.close()
 
 
-def wait_for(what, seconds=20):
+def wait_for(what, seconds=60):
     """Until something is true."""
     end = time.monotonic() + seconds
     while not what():

@@ -112,7 +112,8 @@ def _tasks(named: list[str], shelf: Shelf | None) -> dict[str, Prefix]:
 
     tasks = {}
     for name, folder in pairs(named, "--prefix").items():
-        tasks[check_name(name)] = Prefix.load(folder)
+        check_name(name)
+        tasks[name] = Prefix.load(folder)
     if shelf is not None:
         for name in shelf.names():
             try:

@@ -143,7 +143,10 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request, wherever it is; nothing more is said about it."""
         with self._wake:
+            if request.cancelled or request.done:
+                return
             request.cancelled = True
+            self.stats.cancelled += 1
             self._wake.notify()
 
     def between_steps(self, job: Callable[[], T]) -> Future[T]:
@@ -282,9 +285,7 @@ class Engine:
         late = [r for r in self._all_requests() if r.deadline is not None and r.deadline < now and not r.cancelled]
         for request in late:
             self._fail(DeadlineError(f"no answer within {now - request.submitted:.0f} s; try again later"), [request])
-        gone = [r for r in self._all_requests() if r.cancelled]
-        self.stats.cancelled += len(gone) - len(late)
-        self._forget(gone)
+        self._forget([r for r in self._all_requests() if r.cancelled])
 
     def _admit(self) -> None:
         """Begin with the next prompts, where there is room."""

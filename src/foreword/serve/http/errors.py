@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from foreword.errors import ConfigError, DeadlineError, ForewordError, OverloadedError, StoppedError
+
+_FIELD = re.compile(r"(?!(?:body|query|path|str|int|float|none|nullable)$)[A-Za-z_]\w*")
 
 
 class ApiError(HTTPException):
@@ -77,13 +80,14 @@ async def on_foreword_error(request: Request, error: Exception) -> Response:
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:
-    """A body that doesn't fit its schema: the first thing that is wrong with it."""
+    """A body that doesn't fit its schema: what is wrong with it, of several forms in the one that came nearest."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    if first["type"] == "json_invalid":
+    nearest = max(error.errors(), key=lambda e: len(e["loc"]))
+    if nearest["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json").response()
-    what = "is not a known parameter" if first["type"] == "extra_forbidden" else str(first["msg"])
+    # Names of fields and places in lists; what else stands there are the forms that a field may have.
+    place = [str(part) for part in nearest["loc"] if isinstance(part, int) or _FIELD.fullmatch(part)]
+    what = "is not a known parameter" if nearest["type"] == "extra_forbidden" else str(nearest["msg"])
     param = ".".join(place) or None
     message = f"{param}: {what}" if param else f"the body: {what}; expected a JSON object"
     return ApiError(400, message, param=param).response()

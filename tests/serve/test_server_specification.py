@@ -1,0 +1,64 @@
+"""The server against its own OpenAPI document: schemathesis makes requests that fit it, and some that don't."""
+
+from __future__ import annotations
+
+import pytest
+from servers import ADMIN, KEY, serving
+
+schemathesis = pytest.importorskip("schemathesis")
+
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from schemathesis import GenerationMode  # noqa: E402
+from schemathesis.checks import CHECKS  # noqa: E402
+
+EXAMPLES = 50
+ROUTES = [
+    "POST /v1/completions", "POST /v1/chat/completions", "GET /v1/models", "GET /v1/models/{name}", "GET /healthz",
+    "GET /readyz", "GET /metrics", "GET /admin/prefixes", "PUT /admin/prefixes/{name}", "DELETE /admin/prefixes/{name}",
+]  # fmt: skip
+# A task that isn't there is a request that fits the document; keys have a test of their own.
+EXCLUDED = ("positive_data_acceptance", "ignored_auth", "missing_required_header", "use_after_free")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(keys=[KEY], admin=[ADMIN], rows=4, chat_tokens=8) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def operations(server):
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    found = [result.ok() for result in schema.get_all_operations()]
+    return {f"{op.method.upper()} {op.path}": op for op in found}
+
+
+def test_the_document_names_every_route(operations):
+    assert set(operations) == set(ROUTES)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["fits", "does not fit"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_answers_are_as_the_document_says(operations, server, route, mode):
+    excluded = [check for check in CHECKS.get_all() if check.__name__ in EXCLUDED]
+    key = ADMIN if "/admin" in route else KEY
+    operation, called = operations[route], 0
+    if mode is GenerationMode.NEGATIVE and route.startswith("GET") and "{" not in route:
+        pytest.skip("a route without parameters has no malformed ones")
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, phases=[Phase.generate], database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def run(case):
+        nonlocal called
+        if isinstance(case.body, dict) and mode is GenerationMode.POSITIVE:
+            case.body.pop("stream", None)  # events are no JSON
+            case.body["max_tokens"] = 3
+        case.headers = {**(case.headers or {}), "Authorization": f"Bearer {key}"}
+        case.validate_response(case.call(timeout=120), excluded_checks=excluded)
+        called += 1
+
+    run()
+    assert called and server.engine.stats.failed == 0 and server.engine.accepting
