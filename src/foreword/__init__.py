@@ -18,17 +18,23 @@ if TYPE_CHECKING:
         AttachError,
         ConfigError,
         DataError,
+        DeadlineError,
         DivergedError,
         ForewordError,
         MismatchError,
         MissingPartError,
+        OverloadedError,
         PrefixFileError,
+        StoppedError,
         UnsupportedModelError,
     )
     from foreword.methods import AdapterConfig, BitFitConfig, FullConfig, LoRAConfig, MemoryConfig, PromptConfig
     from foreword.models import load_model
     from foreword.prefix import Prefix
+    from foreword.serve.admission import Limits
+    from foreword.serve.engine import Engine
     from foreword.serve.library import Library
+    from foreword.serve.request import Sampling
     from foreword.shares import attention_shares
     from foreword.sites import Site, sites
     from foreword.train.arguments import PrefixTrainingArguments
@@ -51,7 +57,10 @@ _HOMES = {
     "PrefixConfig": "config",
     "load_model": "models",
     "Prefix": "prefix",
+    "Engine": "serve.engine",
     "Library": "serve.library",
+    "Limits": "serve.admission",
+    "Sampling": "serve.request",
     "attention_shares": "shares",
     "Site": "sites",
     "sites": "sites",
@@ -69,11 +78,14 @@ _HOMES = {
             "AttachError",
             "ConfigError",
             "DataError",
+            "DeadlineError",
             "DivergedError",
             "ForewordError",
             "MismatchError",
             "MissingPartError",
+            "OverloadedError",
             "PrefixFileError",
+            "StoppedError",
             "UnsupportedModelError",
         ),
         "errors",
@@ -86,17 +98,21 @@ __all__ = [
     "BitFitConfig",
     "ConfigError",
     "DataError",
+    "DeadlineError",
     "DivergedError",
+    "Engine",
     "ForewordError",
     "FullConfig",
     "Growth",
     "LayerByLayer",
     "Library",
+    "Limits",
     "LoRAConfig",
     "MemoryConfig",
     "MismatchError",
     "MissingPartError",
     "Monitor",
+    "OverloadedError",
     "Prefix",
     "PrefixConfig",
     "PrefixFileError",
@@ -104,8 +120,10 @@ __all__ = [
     "PrefixTrainingArguments",
     "PromptConfig",
     "RollBack",
+    "Sampling",
     "Site",
     "Stage",
+    "StoppedError",
     "Tuning",
     "UnsupportedModelError",
     "attach",

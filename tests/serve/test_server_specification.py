@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from servers import ADMIN, KEY, serving
 
@@ -42,7 +44,7 @@ def test_the_document_names_every_route(operations):
 def test_answers_are_as_the_document_says(operations, server, route, mode):
     excluded = [check for check in CHECKS.get_all() if check.__name__ in EXCLUDED]
     key = ADMIN if "/admin" in route else KEY
-    operation, called = operations[route], 0
+    operation, statuses = operations[route], Counter()
     if mode is GenerationMode.NEGATIVE and route.startswith("GET") and "{" not in route:
         pytest.skip("a route without parameters has no malformed ones")
 
@@ -52,13 +54,18 @@ def test_answers_are_as_the_document_says(operations, server, route, mode):
     )  # fmt: skip
     @given(case=operation.as_strategy(generation_mode=mode))
     def run(case):
-        nonlocal called
         if isinstance(case.body, dict) and mode is GenerationMode.POSITIVE:
             case.body.pop("stream", None)  # events are no JSON
-            case.body["max_tokens"] = 3
+            if "model" in case.body:
+                case.body |= {"model": "long", "max_tokens": 3, "n": 2}
+                if isinstance(case.body.get("prompt"), str):  # most texts have no letter that the tokenizer knows
+                    case.body["prompt"] = "The film"
         case.headers = {**(case.headers or {}), "Authorization": f"Bearer {key}"}
-        case.validate_response(case.call(timeout=120), excluded_checks=excluded)
-        called += 1
+        response = case.call(timeout=120)
+        case.validate_response(response, excluded_checks=excluded)
+        statuses[response.status_code] += 1
 
     run()
-    assert called and server.engine.stats.failed == 0 and server.engine.accepting
+    if mode is GenerationMode.POSITIVE and "{" not in route:
+        assert statuses[200] >= 1, statuses
+    assert statuses and server.engine.stats.failed == 0 and server.engine.accepting

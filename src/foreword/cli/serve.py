@@ -93,7 +93,8 @@ def run(
     def ready() -> None:
         address, number = bound.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        logs.event("ready", url=f"http://{shown}:{number}", base=base, tasks=len(tasks), length=engine.length)
+        logs.event("ready", url=f"http://{shown}:{number}", base=base, tasks=len(tasks), length=engine.length,
+                   most_kv_bytes=engine.columns * engine.column_bytes)  # fmt: skip
 
     serve(create_app(engine.start(), settings), engine, bound, drain=drain, ready=ready)
 

@@ -48,7 +48,7 @@ class Limits:
 def next_group(waiting: Sequence[Request], rows: int, columns: int, step_tokens: int) -> list[Request]:
     """The requests whose prompts are read next: whoever waits longest, and others that are about as long.
 
-    Nobody is overtaken by a request that takes the room that he waits for.
+    Whoever is passed over because his prompt is longer or shorter keeps his room: he is first the next time.
 
     Args:
         rows: that are free.
@@ -59,10 +59,9 @@ def next_group(waiting: Sequence[Request], rows: int, columns: int, step_tokens:
     for request in waiting:
         if request.sampling.n > rows or request.columns > columns:
             break
-        if group and not _together([*group, request], step_tokens):
-            continue
-        group.append(request)
         rows, columns = rows - request.sampling.n, columns - request.columns
+        if not group or _together([*group, request], step_tokens):
+            group.append(request)
     return group
 
 
