@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Option
 
 from foreword.cli._shared import pairs, quiet
@@ -122,5 +121,5 @@ def _tasks(named: list[str], shelf: Shelf | None) -> dict[str, Prefix]:
             except ForewordError as exc:
                 logs.event("prefix left out", level=logging.ERROR, task=name, reason=str(exc))
     if not tasks:
-        typer.echo("no task is given (--prefix NAME=DIR, --prefix-dir FOLDER): the base model is served", err=True)
+        logs.event("no task is given (--prefix, --prefix-dir): the base model alone is served", level=logging.WARNING)
     return tasks
