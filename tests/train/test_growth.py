@@ -124,6 +124,9 @@ def test_new_tokens_take_steps_of_the_usual_size(tmp_path):
         ({"start": 0}, {}, {}, "expected 1 or more"),
         ({"step": 0}, {}, {}, "expected 1 or more"),
         ({}, {}, {"eval_strategy": "no"}, "watches the validation loss"),
+        ({"settle": 21}, {}, {}, "would never grow.* the second after 4 steps.* 21 steps to settle.* the run has 24"),
+        ({}, {}, {"eval_steps": 12}, "would never grow"),
+        ({}, {}, {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, "would never grow"),
         ({}, {"reparam": "mlp", "condition": 3}, {}, "made of a condition can't grow"),
     ],
 )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foreword._choice import LONG_TEXT
+from foreword._offloaded import to_the_end
 from foreword.attention import attention_path
 from foreword.errors import ConfigError
 from foreword.train._live import Batch, bytes_of, size_of, step_peak
@@ -46,7 +47,8 @@ class MemoryEstimate:
     """The memory at the peak of a training step, in bytes, of one process.
 
     Attributes:
-        base: frozen weights and buffers as they are loaded, shared ones once, quantised ones as they are stored.
+        base: frozen weights and buffers as they are loaded, shared ones once, quantised ones as they are stored, those
+            that are kept elsewhere (offloaded) not: what a step brings in of them is in ``once``.
         trained: parameters that are trained.
         kept_copy: the copy of them that a diverging run is taken back to.
         gradients: those that stand throughout a step: with accumulation; else they are part of the step.
@@ -134,9 +136,10 @@ def estimate_memory(trainer: PrefixTrainer, batch: Batch | None = None) -> Memor
     # From here on the attention takes another path, which the small steps are to take as well.
     masked = any(k.endswith("attention_mask") and not bool(v.all()) for k, v in batch.items())
     path = attention_path("merged" if tokens >= LONG_TEXT and not masked else "auto")
+    here = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
     with _as_in_training(trainer, model), path:
-        peak = step_peak(_step(trainer, model, trained, standing), batch, vocabulary)
-    everything = bytes_of([*model.parameters(), *model.buffers()])
+        peak = step_peak(_step(trainer, model, trained, standing), batch, vocabulary, here)
+    everything = bytes_of(here)
     return MemoryEstimate(
         base=everything - size,
         trained=size,
@@ -187,9 +190,10 @@ def _step(
             with torch.utils._python_dispatch._disable_current_modes():
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
-        with trainer.compute_loss_context_manager():
-            loss = cast(Tensor, trainer.compute_loss(model, batch))
-        loss.backward()
+        with to_the_end(model):
+            with trainer.compute_loss_context_manager():
+                loss = cast(Tensor, trainer.compute_loss(model, batch))
+            loss.backward()
 
     return step
 
@@ -205,7 +209,9 @@ def _as_in_training(trainer: PrefixTrainer, model: PreTrainedModel) -> Iterator[
         try:
             model.train()
             if args.gradient_checkpointing:
-                model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+                wanted = dict(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+                more = {name: wanted.pop(name) for name in ("every_n_layers", "offload") if name in wanted}
+                model.gradient_checkpointing_enable(wanted, **more)
             if trainer.accelerator.native_amp:  # as accelerate wraps it, which is not undone there
                 model.forward = convert_outputs_to_fp32(_autocast(trainer, model.forward))
             yield
