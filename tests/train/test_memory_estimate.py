@@ -78,6 +78,16 @@ def test_experts_are_estimated_within_a_fifth(name, arguments, tmp_path):
     assert 0.8 < predicted / allocated_at_the_peak(trainer.train) < 1.2
 
 
+@pytest.mark.parametrize("length", [100, 200])
+def test_linear_attention_is_counted_in_its_chunks(length, tmp_path):
+    model, _ = tiny.tuned("qwen3next")
+    settings = {"save_strategy": "no", "max_steps": 2, "per_device_train_batch_size": 8}
+    trainer = tiny.trainer(model, tmp_path, tiny.rows(16, length), **settings)
+    estimate = estimate_memory(trainer)
+    predicted = estimate.total - estimate.base - estimate.trained
+    assert 0.85 < predicted / allocated_at_the_peak(trainer.train) < 1.15
+
+
 def test_full_fine_tuning_counts_gradients_and_optimizer(tmp_path):
     model = zoo.build("llama")
     fw.attach(model, fw.FullConfig())

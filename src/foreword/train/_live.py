@@ -135,6 +135,7 @@ def step_peak(
     batch: Mapping[str, Any],
     vocabulary: int | None,
     standing: Iterable[Tensor] | None = None,
+    chunk: int = 1,
 ) -> StepPeak:
     """The peak of a step on this batch, from steps on smaller ones.
 
@@ -143,9 +144,11 @@ def step_peak(
         batch: as the model is given it; tensors of shape (rows, ...), those of integers (rows, tokens).
         vocabulary: the width of the logits; None: the model has none.
         standing: the model's parameters, without those that a step brings in.
+        chunk: the tokens that some layer computes at a time, a part counting as a whole: only whole ones are compared.
     """
     rows, tokens = size_of(batch)
-    sizes = list(product(ROWS if rows > max(ROWS) else (rows,), TOKENS if tokens > max(TOKENS) else (tokens,)))
+    tried = TOKENS if chunk == 1 else tuple(chunk * (i + 1) for i in range(len(TOKENS)))
+    sizes = list(product(ROWS if rows > max(ROWS) else (rows,), tried if tokens > max(tried) else (tokens,)))
     runs = []
     for size in sizes:
         live = LiveBytes(vocabulary, standing)
@@ -155,7 +158,7 @@ def step_peak(
         runs.append(np.array(live.moments, dtype=float))
     if len({len(run) for run in runs}) > 1:  # experts are called or not: then only the peaks can be compared
         runs = [run[[int(run[:, 0].argmax())]] for run in runs]
-    return _extrapolated(np.stack(runs), sizes, (rows, tokens))
+    return _extrapolated(np.stack(runs), sizes, (rows, -(-tokens // chunk) * chunk))
 
 
 def _extrapolated(runs: NDArray[Any], sizes: list[tuple[int, int]], target: tuple[int, int]) -> StepPeak:

@@ -29,6 +29,7 @@ from foreword.train.trainer import PrefixTrainer
 # What AdamW keeps of each trained number; optimizers that keep less are named, by how their name begins.
 _ADAMW_BYTES = 8
 _STATE_BYTES = {"sgd": 0, "rmsprop": 4, "adagrad": 4, "lion": 4, "adafactor": 0, "lomo": 0}
+_LINEAR_CHUNK = 64  # tokens that transformers' linear attention (Qwen3-Next's, say) computes at a time
 _WORDS = {
     "base": "base model, as loaded",
     "trained": "what is trained",
@@ -138,7 +139,9 @@ def estimate_memory(trainer: PrefixTrainer, batch: Batch | None = None) -> Memor
     path = attention_path("merged" if tokens >= LONG_TEXT and not masked else "auto")
     here = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
     with _as_in_training(trainer, model), path:
-        peak = step_peak(_step(trainer, model, trained, standing), batch, vocabulary, here)
+        linear = any("linear" in str(t) for t in getattr(model.config.get_text_config(), "layer_types", None) or [])
+        chunk = _LINEAR_CHUNK if linear else 1
+        peak = step_peak(_step(trainer, model, trained, standing), batch, vocabulary, here, chunk)
     everything = bytes_of(here)
     return MemoryEstimate(
         base=everything - size,
