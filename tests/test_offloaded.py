@@ -278,3 +278,11 @@ def test_activations_kept_on_the_cpu_give_the_same_gradients(name, path):
         found.append((loss.detach(), [p.grad for p in tuning.parameters()]))
     assert sum(kept) > 1000 and torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_keeping_activations_beside_a_gpu_needs_one(tmp_path):
+    with pytest.raises(fw.ConfigError, match="there is none"):
+        fw.PrefixTrainingArguments(
+            output_dir=str(tmp_path), gradient_checkpointing=True, gradient_checkpointing_kwargs={"offload": True}
+        )

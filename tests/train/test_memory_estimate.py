@@ -13,6 +13,9 @@ from foreword.train._live import LiveBytes, bytes_of, size_of, smaller, step_pea
 from foreword.train.memory_estimate import estimate_memory
 
 
+EVERY_SECOND = {"use_reentrant": False, "every_n_layers": 2}
+
+
 def allocated_at_the_peak(run):
     """Bytes that torch's allocator gave out during a run, at its highest moment (not by the way that we count)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -50,6 +53,7 @@ def _profiler_at_work(tmp_path_factory):
     [
         ("llama", {}),
         ("llama", {"gradient_checkpointing": True}),
+        ("llama", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": EVERY_SECOND}),
         ("llama", {"bf16": True}),
         ("llama", {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}),
         ("gpt2", {}),

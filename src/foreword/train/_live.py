@@ -40,7 +40,9 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, vocabulary: int | None, standing: Iterable[Tensor] | None = None) -> None:
         super().__init__()
         self.vocabulary = vocabulary
-        self.standing = None if standing is None else {_storage(t)._cdata for g in standing for t in _plain(g)}
+        self.standing: set[int] | None = None
+        if standing is not None:
+            self.standing = {_storage(t)._cdata for given in standing for t in _plain(given)}
         self.now = [0, 0]
         self.moments: list[tuple[int, int]] = []
         self._known: dict[int, tuple[int, bool]] = {}
@@ -50,9 +52,9 @@ class LiveBytes(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if any(is_traceable_wrapper_subclass(t) for t in given):
             return NotImplemented  # quantised weights: what they do inside comes back here op by op
-        for tensor in given if self.standing is not None else ():
-            if isinstance(tensor, nn.Parameter) and (end := self._note(tensor, self.standing)) is not None:
-                self._lasting.append(end)
+        if self.standing is not None:
+            brought = [self._note(t, self.standing) for t in given if isinstance(t, nn.Parameter)]
+            self._lasting += [end for end in brought if end is not None]
         own = {_storage(t)._cdata for t in given}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

@@ -212,7 +212,7 @@ def _as_in_training(trainer: PrefixTrainer, model: PreTrainedModel) -> Iterator[
         try:
             model.train()
             if args.gradient_checkpointing:
-                wanted = dict(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+                wanted = dict(cast(dict[str, Any], args.gradient_checkpointing_kwargs or {"use_reentrant": False}))
                 more = {name: wanted.pop(name) for name in ("every_n_layers", "offload") if name in wanted}
                 model.gradient_checkpointing_enable(wanted, **more)
             if trainer.accelerator.native_amp:  # as accelerate wraps it, which is not undone there
