@@ -12,7 +12,6 @@ import zoo
 from foreword.train._live import LiveBytes, bytes_of, size_of, smaller, step_peak
 from foreword.train.memory_estimate import estimate_memory
 
-
 EVERY_SECOND = {"use_reentrant": False, "every_n_layers": 2}
 
 
