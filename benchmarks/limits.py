@@ -2,9 +2,10 @@
 
 How favourable IMDB reviews end (as in benchmarks/methods.py), SmolLM2-135M, the same steps and batches for every row;
 the negative log-likelihood of 48 held-out endings in nats a token. One seed: differences of some hundredths mean
-nothing. Unstable MLPs are in benchmarks/strategies.py, and memory by length in benchmarks/memory.py.
+nothing. Bases in 8 and 4 bits (quanto) are here as well. Unstable MLPs are in benchmarks/strategies.py, and memory by
+length in benchmarks/memory.py.
 
-    python benchmarks/limits.py [--steps 24] [--only length layers gradients] [--picture docs/images/monitor.png]
+    python benchmarks/limits.py [--steps 24] [--only length layers bases gradients] [--picture monitor.png]
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ LAYERS = {
     "last 10": "last:10",
     "every third": "every:3",
 }  # all 30: "text 16" of the lengths
+BASES = {"int8": {"quantize": "int8:quanto"}, "int4": {"quantize": "int4:quanto"}}
 USUAL, TOO_HIGH = 2e-2, 0.6
 
 
@@ -48,6 +50,7 @@ def variants(text: str, steps: int) -> dict[str, dict[str, tuple[Any, list[Any]]
             **{name: (prefix(sites=sites), []) for name, sites in LAYERS.items()},
             "all 30, top down in 3 stages": (prefix(), [staged]),
         },
+        "bases": {name: (prefix(), []) for name in BASES},
         "gradients": {
             f"rate {rate:g}": (prefix(learning_rate=rate), [fw.Monitor(every=2)]) for rate in (USUAL, TOO_HIGH)
         },
@@ -80,7 +83,8 @@ def main() -> None:
             continue
         rows[group] = {}
         for name, (config, callbacks) in found.items():
-            row = rows[group][name] = run(model, tokenizer, config, callbacks, train, valid, options)
+            base = fw.load_model("demo", **BASES[name])[0] if group == "bases" else model
+            row = rows[group][name] = run(base, tokenizer, config, callbacks, train, valid, options)
             print(f"{group:10} {name:30} {row['parameters']:>8,} {row['last']:.3f} {row['events']}", flush=True)
         if group == "gradients":
             show_gradients(found, rows[group], options.picture)

@@ -33,13 +33,13 @@ class Run:
         arguments: of the trainer.
         length: virtual tokens.
         peer: PEFT's prefix tuning instead of ours.
-        offload: the most of the base to hold in memory.
+        load: how the base is loaded: the most of it to hold in memory, or the width of its weights.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     length: int = 20
     peer: bool = False
-    offload: str | None = None
+    load: dict[str, str] = field(default_factory=dict)
 
 
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -49,8 +49,9 @@ RUNS = {
     "bf16 autocast": Run({"bf16": True}),
     **{f"length {n}": Run(length=n) for n in (1, 100, 400)},
     **{f"PEFT, length {n}": Run(length=n, peer=True) for n in (1, 20, 100, 400)},
-    "300MB held": Run(offload="300MB"),
-    "300MB held, checkpointing": Run(CHECKPOINTING, offload="300MB"),
+    "int8": Run(load={"quantize": "int8:quanto"}),
+    "300MB held": Run(load={"offload": "300MB"}),
+    "300MB held, checkpointing": Run(CHECKPOINTING, load={"offload": "300MB"}),
 }
 
 
@@ -138,7 +139,7 @@ def one(options: argparse.Namespace) -> dict[str, float]:
         fw.load_model(options.model)
         forget_peak()
         before = resident("VmRSS")
-        model, _ = fw.load_model(options.model, offload=what.offload)
+        model, _ = fw.load_model(options.model, **what.load)
         forget_peak()
         if what.peer:
             shape = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=what.length)
