@@ -40,6 +40,7 @@ def load_model(
     attn: str | None = None,
     device: str | None = None,
     quantize: str | None = None,
+    offload: str | int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, in eval mode.
 
@@ -53,13 +54,16 @@ def load_model(
         device: where to put the model, such as ``"cpu"`` or ``"cuda:0"``; None leaves it on the CPU.
         quantize: ``"int8"`` or ``"int4"``: the width of the linear layers' weights, by a backend that is installed
             (torchao, bitsandbytes, quanto), or by one that is named: ``"int4:quanto"``. None: as they are stored.
+        offload: the most of the weights to hold in the memory of the device that computes, ``"2GB"`` or bytes; the
+            others are brought in when they are used, from the CPU's memory or, where the CPU computes, from the
+            model's files. None: all are held.
 
     A GGUF file is converted to plain 32-bit weights in :func:`cache_dir` the first time (about four bytes a
     parameter on disk), and loads from there in seconds afterwards.
 
     Raises:
-        ConfigError: the name, kind, dtype, device or ``quantize`` is wrong, files are missing or damaged, or the hub
-            cannot be reached.
+        ConfigError: the name, kind, dtype, device, ``quantize`` or ``offload`` is wrong, files are missing or damaged,
+            or the hub cannot be reached.
         UnsupportedModelError: the model is of another kind, or needs code from its own repository.
         MissingPartError: the demo package, the reader for GGUF files or a quantisation backend is not installed.
     """
@@ -75,6 +79,12 @@ def load_model(
         settings["quantization_config"] = quantization_config(quantize)
         if where is not None:
             settings["device_map"] = {"": where}  # quantised where it is to stay: some backends cannot be moved
+    if offload is not None:
+        if quantize is not None:
+            raise ConfigError("offload and quantize do not go together here: narrow weights are not brought in again.")
+        from ._offloaded import settings as offloading
+
+        settings |= offloading(offload, where)
     source, local = _locate(name, kind)
 
     tokenizer = _read("AutoTokenizer", source, local)
@@ -86,7 +96,7 @@ def load_model(
             f"{source} has no weights for {_some(missing)}, so it is not a complete {kind} model. Use "
             f"another checkpoint, or the kind that it was saved as ({_other_kinds(kind)})."
         )
-    if where is not None and quantize is None:
+    if where is not None and quantize is None and offload is None:
         model.to(where)
     if (converted := re.fullmatch(r"(.+)-[0-9a-f]{16}", Path(source).name)) and cache_dir() in Path(source).parents:
         model.config._name_or_path = converted[1]  # what a prefix remembers of its base: the file, not our cache
@@ -332,6 +342,12 @@ def _explained(error: Exception, loader: str, source: str, local: bool) -> Confi
         )
     if "attn_implementation" in text or "scaled_dot_product_attention" in text:
         return ConfigError(f"{source} cannot use the attention asked for: {_first_line(error)}")
+    if "offload_folder" in text:
+        return ConfigError(
+            f"{source} does not store its weights as the model uses them (no safetensors, or a mixture of experts), so "
+            "they cannot be brought in from its files. Load it with transformers, with an offload_folder that has room "
+            "for them: from_pretrained(..., device_map=..., offload_folder=...)."
+        )
     if local:
         part = "tokenizer" if loader == "AutoTokenizer" else "model"
         return ConfigError(

@@ -71,6 +71,36 @@ def test_two_processes_train_the_prefix_of_one_with_the_doubled_batch(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["one by one", "accumulate", "roll back"])
+def test_numbers_that_are_not_finite_in_one_process_are_met_by_all(case, tmp_path):
+    """Only process 1 has the bad row: both stop at its step with the same words, or both go back. None waits."""
+    out = tmp_path / "run"
+    torchrun("ddp_diverge.py", out, tmp_path, case)
+    first, second = (json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1))
+    assert first == second
+    prefixes = [fw.Prefix.load(tmp_path / f"prefix-{i}") for i in (0, 1)]
+    assert prefixes[0] == prefixes[1]
+    if case == "roll back":
+        assert first["ended"] == "well" and first["step"] == tiny.STEPS
+        (event,) = first["events"]
+        assert event["step"] == 4 and event["because"] == "the loss is nan in process 1"
+        assert all(torch.isfinite(t).all() for t in prefixes[0].keys.values())
+        return
+    step = 3 if case == "accumulate" else 5
+    start = f"training diverged at step {step}: the loss is nan in process 1 on the batch of shape (4, "
+    assert first["ended"].startswith(start) and first["step"] == step - 1 and not first["events"]
+    assert f"The last good prefix is in {out / 'last-good'}." in first["ended"]
+    assert fw.Prefix.load(out / "last-good") == prefixes[0] != tiny.tuned()[1].bake()
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_one_process_stops_all_at_the_same_step(tmp_path):
+    torchrun("ddp_diverge.py", tmp_path / "run", tmp_path, "ctrl-c")
+    first, second = (json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1))
+    assert first == second == {"ended": "well", "step": 3, "events": [], "asked": True}
+
+
+@pytest.mark.slow
 def test_a_base_sharded_by_fsdp2_trains_the_prefix_of_one_process(tmp_path):
     pytest.importorskip("transformers.distributed", reason="this transformers does not shard while loading")
     folder, out = tmp_path / "model", tmp_path / "run"

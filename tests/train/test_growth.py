@@ -117,6 +117,33 @@ def test_new_tokens_take_steps_of_the_usual_size(tmp_path):
     assert after and all(float(s[4:].mean() / s[:4].mean()) < 3 for s in after)
 
 
+@pytest.mark.parametrize("config", [{}, {"reparam": "mlp", "hidden": 8}, {"freeze_first": True}])
+def test_what_the_optimizer_knows_of_the_old_tokens_is_kept(config, tmp_path):
+    before, compared = {}, []
+
+    class Watch(Growth):
+        def on_evaluate(self, args, state, control, optimizer=None, **kwargs):
+            active = self.tuning.encoder.active
+            for parameter in self.tuning.parameters():
+                before[parameter] = {k: v.clone() for k, v in optimizer.state[parameter].items()}
+            super().on_evaluate(args, state, control, optimizer=optimizer, **kwargs)
+            if self.tuning.encoder.active == active:
+                return
+            by_token = {id(p) for p in self.tuning.encoder.by_token()}
+            old = active - (1 if config.get("freeze_first") else 0)
+            for parameter, states in before.items():
+                for name, value in states.items():
+                    now, kept = optimizer.state[parameter][name], ...
+                    if id(parameter) in by_token and value.dim():  # of the new ones: what _settle_steps gave them
+                        kept = (..., slice(old), slice(None))
+                    assert torch.equal(now[kept], value[kept]) and (not value.dim() or now[kept].any())
+                    compared.append(name)
+
+    model, _ = tuned(**{"length": 9, **config})
+    trainer(model, tmp_path, valid=rows(8, seed=9), callbacks=[Watch(**EAGER)], **RUN).train()
+    assert set(compared) == {"step", "exp_avg", "exp_avg_sq"}
+
+
 @pytest.mark.parametrize(
     ("growth", "config", "arguments", "message"),
     [
@@ -124,6 +151,9 @@ def test_new_tokens_take_steps_of_the_usual_size(tmp_path):
         ({"start": 0}, {}, {}, "expected 1 or more"),
         ({"step": 0}, {}, {}, "expected 1 or more"),
         ({}, {}, {"eval_strategy": "no"}, "watches the validation loss"),
+        ({"settle": 21}, {}, {}, "would never grow.* the second after 4 steps.* 21 steps to settle.* the run has 24"),
+        ({}, {}, {"eval_steps": 12}, "would never grow"),
+        ({}, {}, {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, "would never grow"),
         ({}, {"reparam": "mlp", "condition": 3}, {}, "made of a condition can't grow"),
     ],
 )

@@ -35,7 +35,7 @@ def same(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["plain", "growth", "stages", "rollback"])
+@pytest.mark.parametrize("strategy", ["plain", "growth", "stages", "rollback", "monitor"])
 def test_a_run_killed_six_times_ends_with_the_same_prefix(strategy, tmp_path):
     sys.path.insert(0, str(SCRIPTS))
     try:
@@ -58,6 +58,9 @@ def test_a_run_killed_six_times_ends_with_the_same_prefix(strategy, tmp_path):
             for p in (tmp_path / "whole", out)]  # fmt: skip
     first, second = ([(e["step"], e["loss"]) for e in log if "loss" in e] for log in logs)
     assert first == second and len(first) == 14, told
+    if strategy == "monitor":
+        seen = [(p / "monitor.jsonl").read_text() for p in (tmp_path / "whole", out)]
+        assert seen[0] == seen[1] and len(seen[0].splitlines()) == 14, told
     for event, least in (("prefix_length", 2), ("rolled_back", 3)):
         happened = [[e for e in log if event in e] for log in logs]
         expected = least if event == {"growth": "prefix_length", "rollback": "rolled_back"}.get(strategy) else 0

@@ -92,6 +92,7 @@ def run(
     show_memory: Annotated[bool, Option("--show-memory", help="Print what a step will need in memory, and stop.", rich_help_panel=_RUN)] = False,
     dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, …", rich_help_panel=_RUN)] = None,
     quantize: Annotated[str | None, Option(help="Load the base in int8 or int4, by an installed backend (or int4:quanto, …).", rich_help_panel=_RUN)] = None,
+    offload: Annotated[str | None, Option(help="Hold no more than this of the base in memory, e.g. 2GB; bring the rest in when it is used.", rich_help_panel=_RUN)] = None,
     attn: Annotated[str | None, Option(help="Attention implementation of the base model.", rich_help_panel=_RUN)] = None,
     seed: Annotated[int, Option(rich_help_panel=_RUN)] = 0,
     grow_from: Annotated[int | None, Option(min=1, help="Begin with N virtual tokens and grow to --length.", rich_help_panel=_PLAN)] = None,
@@ -145,7 +146,7 @@ def run(
         what = [makers[m]() for m in method or [Method.prefix]]
     source = Source(data, valid, valid_share, column or (), where or (), split, limit, max_length, seed)
     examples = source.read()
-    base, tokenizer = load_model(model, dtype=dtype, attn=attn, quantize=quantize)
+    base, tokenizer = load_model(model, dtype=dtype, attn=attn, quantize=quantize, offload=offload)
     train_set, valid_set = source.encode(examples, tokenizer, base)
     console.print(f"data: {train_set.stats.describe()}")
     if show_batch:

@@ -121,6 +121,8 @@ def _score(model: PreTrainedModel, batch: list[_Row]) -> list[float]:
     """The mean nll of each row: one forward pass over (rows, longest) right-padded tokens."""
     import torch
 
+    from foreword._offloaded import device_of
+
     longest = max(len(row.ids) for row in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.long)
     mask = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -131,8 +133,7 @@ def _score(model: PreTrainedModel, batch: list[_Row]) -> list[float]:
         mask[place, :length] = 1
         scored[place, row.given : length] = True
     # Not model.device: of a model spread over devices, the tokens belong where the embedding is.
-    embedding: Any = model.get_input_embeddings().weight
-    device = embedding.device
+    device = device_of(model.get_input_embeddings())
     ids, mask, scored = ids.to(device), mask.to(device), scored.to(device)
     with torch.no_grad():
         output: Any = model(input_ids=ids, attention_mask=mask, use_cache=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foreword import _interface
+from foreword._offloaded import device_of
 from foreword._queries import Queries
 from foreword._views import SitePrefix
 from foreword.conditional import part_of
@@ -110,7 +111,7 @@ class Library:
         if prefix.visible.kind != "all" and self._queries is None:
             self._queries = Queries(self.model, self.sites, offset=0, by_thread=True)
             self._queries.install()
-        self._prefixes[name] = prefix.to(self.model.dtype).to(self.model.device)
+        self._prefixes[name] = prefix.to(self.model.dtype).to(device_of(self.model))
 
     def remove(self, name: str) -> None:
         """Forget a task. Blocks that use it now go on with it."""

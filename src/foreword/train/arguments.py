@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+import torch
 from transformers import TrainingArguments
+
+from foreword.errors import ConfigError
 
 
 @dataclass
@@ -17,6 +20,9 @@ class PrefixTrainingArguments(TrainingArguments):
             themselves, 5e-3 for the low-rank product, 1e-3 for the MLP (``foreword.methods.LEARNING_RATES``).
         explode_factor: a gradient norm this many times the median of the last 50 stops the run.
         report_to: None means TensorBoard where it is installed; ``"none"`` means nowhere.
+
+    Raises:
+        ConfigError: activations are to be offloaded, and there is no GPU.
     """
 
     learning_rate: float | None = None  # type: ignore[assignment]
@@ -36,3 +42,9 @@ class PrefixTrainingArguments(TrainingArguments):
         if getattr(self, name) is None and self.gradient_checkpointing_kwargs is None:
             setattr(self, name, {"use_reentrant": False})
         super().__post_init__()
+        checkpointing = getattr(self, name)
+        if isinstance(checkpointing, dict) and checkpointing.get("offload") and not torch.accelerator.is_available():
+            raise ConfigError(
+                "offload=True keeps activations in pinned memory beside a GPU, and there is none: on a CPU they are in "
+                "its memory already; leave it out"
+            )

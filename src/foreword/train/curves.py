@@ -62,31 +62,39 @@ def draw_growth(report: Mapping[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
-def draw_monitor(looks: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draw gradient norms (log scale) and shares of attention over steps and sites (the lines of ``Monitor``)."""
+def draw_monitor(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """Draw gradient norms (log scale) and shares of attention over steps and sites, run by run on common scales.
+
+    Args:
+        runs: by label, the lines of ``Monitor``.
+        path: where the PNG goes.
+    """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 1 + 4 * len(runs)), layout="constrained")
     FigureCanvasAgg(figure)
-    names = list(looks[0]["sites"]) if looks else []
-    steps = [look["step"] for look in looks]
-    for axes, (what, title) in zip(
-        figure.subplots(1, 2), (("gradient_norm", "gradient norm, log10"), ("attention_share", "share of attention")),
-        strict=True,
-    ):  # fmt: skip
-        values = np.array([[look["sites"].get(n, {}).get(what) for look in looks] for n in names], dtype=float).reshape(
-            len(names), len(steps)
-        )
-        if what == "gradient_norm":
-            values = np.log10(np.maximum(values, 1e-12))
-        image = axes.imshow(values, aspect="auto", origin="lower", interpolation="nearest")
-        axes.set_xticks(range(len(steps))[:: max(1, len(steps) // 8)], steps[:: max(1, len(steps) // 8)])
-        axes.set_xlabel("step")
-        axes.set_ylabel("site, from the input up")
-        axes.set_title(title)
-        figure.colorbar(image, ax=axes)
+    grid = figure.subplots(len(runs), 2, squeeze=False)
+    for column, (what, title) in enumerate(
+        (("gradient_norm", "gradient norm, log10"), ("attention_share", "share of attention"))
+    ):
+        tables = []
+        for looks in runs.values():
+            names = list(looks[0]["sites"]) if looks else []
+            rows = [[look["sites"].get(n, {}).get(what) for look in looks] for n in names]
+            table = np.array(rows, dtype=float).reshape(len(names), len(looks))
+            tables.append(np.log10(np.maximum(table, 1e-12)) if what == "gradient_norm" else table)
+        known = np.concatenate([t[np.isfinite(t)] for t in tables])
+        limits = {"vmin": known.min(), "vmax": known.max()} if known.size else {}
+        for (label, looks), table, axes in zip(runs.items(), tables, grid[:, column], strict=True):
+            image = axes.imshow(table, aspect="auto", origin="lower", interpolation="nearest", **limits)
+            shown = slice(None, None, max(1, len(looks) // 8))
+            axes.set_xticks(range(len(looks))[shown], [look["step"] for look in looks][shown])
+            axes.set_xlabel("step")
+            axes.set_ylabel("site, from the input up")
+            axes.set_title(f"{label}: {title}" if label else title)
+            figure.colorbar(image, ax=axes)
     return _save(figure, path)
 
 

@@ -51,7 +51,7 @@ class Growth(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.tuning = self._checked(args, kwargs["model"])
+        self.tuning = self._checked(args, state, kwargs["model"])
         self._place(state)
 
     def on_step_begin(
@@ -91,7 +91,7 @@ class Growth(TrainerCallback):
         """The length that the prefix was made with."""
         return self.tuning.encoder.longest
 
-    def _checked(self, args: TrainingArguments, model: Any) -> Tuning:
+    def _checked(self, args: TrainingArguments, state: TrainerState, model: Any) -> Tuning:
         """Raise ConfigError for what can't grow."""
         tuning = tuning_of(model)
         if tuning is None or not isinstance(tuning.config, PrefixConfig):
@@ -108,6 +108,14 @@ class Growth(TrainerCallback):
         if args.eval_strategy == "no":
             raise ConfigError(
                 'Growth watches the validation loss; give the trainer an eval_dataset and eval_strategy="steps"'
+            )
+        between = state.eval_steps if args.eval_strategy == "steps" else state.max_steps / state.num_train_epochs
+        first = between * (1 if args.eval_on_start else 2)
+        if first + self.settle > state.max_steps:
+            raise ConfigError(
+                f"Growth would never grow: it compares two validations, the second after {first:g} steps, and leaves "
+                f"new tokens {self.settle} steps to settle, and the run has {state.max_steps}; validate more often "
+                "(eval_steps), give a smaller settle, or train longer"
             )
         return tuning
 

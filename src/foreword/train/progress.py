@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -107,7 +108,8 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.asked = False
+        self.asked = False  # here, or in another process
+        self._told = False
         self._previous: Any = None
 
     def __enter__(self) -> StopOnSignal:
@@ -120,12 +122,21 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGINT, self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self._told:
             raise KeyboardInterrupt
-        self.asked = True
+        self._told = self.asked = True
         self.console.print("stopping after this step (Ctrl-C again to stop at once) …")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked:
+        if self._anywhere(args):
+            self.asked = True
             control.should_save = True
             control.should_training_stop = True
+
+    def _anywhere(self, args: TrainingArguments) -> bool:
+        """Whether any process was asked: one that stopped alone, or a step later, would leave the others waiting."""
+        if args.world_size == 1:
+            return self.asked
+        asked = torch.tensor(float(self.asked), device=args.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return bool(asked)

@@ -17,9 +17,10 @@ from foreword.errors import ConfigError
 from foreword.methods import Config
 from foreword.prefix import Prefix
 from foreword.train.arguments import PrefixTrainingArguments
+from foreword.train.checkpoints import last_checkpoint, written_checkpoints
 from foreword.train.memory_estimate import MemoryEstimate, estimate_memory
 from foreword.train.progress import RichProgress, StopOnSignal
-from foreword.train.trainer import PrefixTrainer, last_checkpoint
+from foreword.train.trainer import PrefixTrainer
 from foreword.tuning import attach
 
 
@@ -148,8 +149,8 @@ def _check_out(out: Path, resume: bool) -> None:
         raise ConfigError(f"--resume: {out} holds no whole checkpoint; leave --resume out to start anew")
     if not resume and (out / "foreword.json").exists():
         raise ConfigError(f"{out} holds a prefix already; choose another --out, or go on with it (--resume, --start)")
-    if not resume and found is not None:
-        raise ConfigError(f"{out} holds an unfinished run ({found.name}); pass --resume to go on, or another --out")
+    if not resume and (begun := written_checkpoints(out)):
+        raise ConfigError(f"{out} holds an unfinished run ({begun[0].name}); pass --resume to go on, or another --out")
 
 
 def _arguments(out: Path, arguments: dict[str, Any], evaluates: bool) -> PrefixTrainingArguments:

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from foreword.train.growth import Growth
+from foreword.train.monitor import Monitor
 from foreword.train.rollback import RollBack
 from foreword.train.stages import LayerByLayer, Stage
 
@@ -44,6 +45,8 @@ def strategy(name):
     if name == "stages":
         stages = [Stage("last:1", 5), Stage("first:1", 4, learning_rate=0.01), Stage(None, 5)]
         return {"gate": "head", "dropout": 0.1}, [LayerByLayer(stages)], {}
+    if name == "monitor":
+        return MLP, [Monitor(every=1)], {}
     if name == "rollback":  # three steps in a row, as far from usual as it takes
         return MLP, [RollBack(every=2, times=9), Spikes((11, 12, 13))], {"explode_factor": 50.0}
     return MLP, [], {}

@@ -1,0 +1,133 @@
+"""What people hold against prefix tuning, each with a number: lengths, layers that disturb each other, gradients.
+
+How favourable IMDB reviews end (as in benchmarks/methods.py), SmolLM2-135M, the same steps and batches for every row;
+the negative log-likelihood of 48 held-out endings in nats a token. One seed: differences of some hundredths mean
+nothing. Bases in 8 and 4 bits (quanto) are here as well. Unstable MLPs are in benchmarks/strategies.py, and memory by
+length in benchmarks/memory.py.
+
+    python benchmarks/limits.py [--steps 24] [--only length layers bases gradients] [--picture monitor.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import warnings
+from pathlib import Path
+from typing import Any
+
+from _measure import RESULTS, keep
+from methods import TEXT, reviews
+from strategies import run
+
+LENGTHS = (4, 8, 16, 32, 64)
+LAYERS = {
+    "first 10": "first:10",
+    "middle 10": list(range(10, 20)),
+    "last 10": "last:10",
+    "every third": "every:3",
+}  # all 30: "text 16" of the lengths
+BASES = {"int8": {"quantize": "int8:quanto"}, "int4": {"quantize": "int4:quanto"}}
+USUAL, TOO_HIGH = 2e-2, 0.6
+
+
+def variants(text: str, steps: int) -> dict[str, dict[str, tuple[Any, list[Any]]]]:
+    """By group and name: the configuration, callbacks."""
+    import foreword as fw
+
+    def prefix(length: int = 16, **more: Any) -> fw.PrefixConfig:
+        return fw.PrefixConfig(length=length, **{"init": text, **more})
+
+    staged = fw.LayerByLayer.in_groups(30, 3, steps)
+    return {
+        "length": {
+            f"{start} {n}": (prefix(n, init=init), [])
+            for start, init in (("text", text), ("random", "random"))
+            for n in LENGTHS
+        },
+        "layers": {
+            **{name: (prefix(sites=sites), []) for name, sites in LAYERS.items()},
+            "all 30, top down in 3 stages": (prefix(), [staged]),
+        },
+        "bases": {name: (prefix(), []) for name in BASES},
+        "gradients": {
+            f"rate {rate:g}": (prefix(learning_rate=rate), [fw.Monitor(every=2)]) for rate in (USUAL, TOO_HIGH)
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--looks", type=int, default=1, help="validations of a run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--explode", type=float, default=1000.0, help="explode_factor")
+    parser.add_argument("--only", nargs="*", help="groups; the others stay in the results as they were")
+    parser.add_argument("--picture", type=Path, help="where the picture of the gradients goes")
+    options = parser.parse_args()
+
+    import foreword as fw
+    from foreword.data import encode, read_examples
+
+    warnings.simplefilter("ignore")
+    model, tokenizer = fw.load_model("demo")
+    parts = reviews()
+    text = " ".join([TEXT, *(example["text"] for example in parts[0][:3])])  # 64 tokens and more; the first are used
+    train, valid = (encode(read_examples(part), tokenizer, max_length=48) for part in parts)
+    before = RESULTS / "limits.json"
+    rows = json.loads(before.read_text())["rows"] if options.only and before.is_file() else {}
+    for group, found in variants(text, options.steps).items():
+        if options.only and group not in options.only:
+            continue
+        rows[group] = {}
+        for name, (config, callbacks) in found.items():
+            base = fw.load_model("demo", **BASES[name])[0] if group == "bases" else model
+            row = rows[group][name] = run(base, tokenizer, config, callbacks, train, valid, options)
+            print(f"{group:10} {name:30} {row['parameters']:>8,} {row['last']:.3f} {row['events']}", flush=True)
+        if group == "gradients":
+            show_gradients(found, rows[group], options.picture)
+    summary = {"length spread": spread(rows["length"])} if "length" in rows else {}
+    kept = {k: v for k, v in vars(options).items() if k not in ("only", "picture")}
+    print(summary, "written:", keep("limits", {"options": kept, "rows": rows, **summary}))
+
+
+def spread(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """By start: how far the worst length is above the best, as a share of the best loss."""
+    found = {}
+    for start in ("text", "random"):
+        losses = [row["last"] for name, row in rows.items() if name.startswith(start)]
+        found[start] = (max(losses) - min(losses)) / min(losses)
+    return found
+
+
+def show_gradients(names: Any, rows: dict[str, dict[str, Any]], picture: Path | None) -> None:
+    """Draw what the monitor saw, and keep a summary of each look."""
+    from foreword.train.curves import draw_monitor
+
+    if picture is not None:
+        draw_monitor({name: rows[name]["seen"] for name in names}, picture)
+    for name in names:
+        looks = rows[name].pop("seen")
+        rows[name]["looks"] = [summary(look) for look in looks]
+
+
+def summary(look: dict[str, Any]) -> dict[str, Any]:
+    """Of all sites at one step."""
+    norms = {site: seen["gradient_norm"] for site, seen in look["sites"].items()}
+    shares = {site: seen["attention_share"] for site, seen in look["sites"].items()}
+    strongest, most = max(norms, key=norms.__getitem__), max(shares, key=shares.__getitem__)
+    return {
+        "step": look["step"],
+        "norm": sum(n * n for n in norms.values()) ** 0.5,
+        "median": statistics.median(norms.values()),
+        "strongest": strongest,
+        "share": statistics.fmean(shares.values()),
+        "most": most,
+        "most share": shares[most],
+    }
+
+
+if __name__ == "__main__":
+    main()
