@@ -5,7 +5,7 @@ the negative log-likelihood of 48 held-out endings in nats a token. One seed: di
 nothing. Bases in 8 and 4 bits (quanto) are here as well. Unstable MLPs are in benchmarks/strategies.py, and memory by
 length in benchmarks/memory.py.
 
-    python benchmarks/limits.py [--steps 24] [--only length layers bases gradients] [--picture monitor.png]
+    python benchmarks/limits.py [--steps 16] [--only length layers bases gradients] [--picture monitor.png]
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def variants(text: str, steps: int) -> dict[str, dict[str, tuple[Any, list[Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--looks", type=int, default=1, help="validations of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--explode", type=float, default=1000.0, help="explode_factor")
@@ -88,9 +88,9 @@ def main() -> None:
             print(f"{group:10} {name:30} {row['parameters']:>8,} {row['last']:.3f} {row['events']}", flush=True)
         if group == "gradients":
             show_gradients(found, rows[group], options.picture)
-    summary = {"length spread": spread(rows["length"])} if "length" in rows else {}
-    kept = {k: v for k, v in vars(options).items() if k not in ("only", "picture")}
-    print(summary, "written:", keep("limits", {"options": kept, "rows": rows, **summary}))
+        summary = {"length spread": spread(rows["length"])} if "length" in rows else {}
+        kept = {k: v for k, v in vars(options).items() if k not in ("only", "picture")}
+        print(summary, "written:", keep("limits", {"options": kept, "rows": rows, **summary}), flush=True)
 
 
 def spread(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
