@@ -16,15 +16,21 @@ import foreword as fw
 import zoo
 
 SCRIPTS = Path(__file__).parent / "scripts"
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 
 
-def torchrun(script, *arguments):
+def torchrun(script, *arguments, config=None):
+    """Two processes, by torchrun or by accelerate with one of the examples' configurations (which are for GPUs)."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    if config is not None:
+        here = ["--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no"]
+        where = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+        command = ["accelerate.commands.launch", "--config_file", str(CONFIGS / config), *here, *where]
     done = subprocess.run(
-        [*command, str(SCRIPTS / script), *map(str, arguments)],
+        [sys.executable, "-m", *command, str(SCRIPTS / script), *map(str, arguments)],
         env=tiny.ENVIRONMENT,
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
@@ -47,9 +53,10 @@ def test_ddp_averages_to_the_gradients_of_the_whole_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_prefix_of_one_with_the_doubled_batch(tmp_path):
+@pytest.mark.parametrize("config", [None, "ddp.yaml"])
+def test_two_processes_train_the_prefix_of_one_with_the_doubled_batch(config, tmp_path):
     out = tmp_path / "run"
-    torchrun("ddp_trainer.py", out, tmp_path)
+    torchrun("ddp_trainer.py", out, tmp_path, config=config)
     ranks = [json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1)]
     assert [r["world"] for r in ranks] == [2, 2]
     model, tuning = tiny.tuned(gate="head")
@@ -101,11 +108,12 @@ def test_ctrl_c_in_one_process_stops_all_at_the_same_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_base_sharded_by_fsdp2_trains_the_prefix_of_one_process(tmp_path):
+@pytest.mark.parametrize("config", [None, "fsdp2.yaml"])
+def test_a_base_sharded_by_fsdp2_trains_the_prefix_of_one_process(config, tmp_path):
     pytest.importorskip("transformers.distributed", reason="this transformers does not shard while loading")
     folder, out = tmp_path / "model", tmp_path / "run"
     zoo.build("llama").save_pretrained(folder)
-    torchrun("fsdp_trainer.py", folder, out, tmp_path)
+    torchrun("fsdp_trainer.py", folder, out, tmp_path, config=config)
     ranks = [json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1)]
     model, tuning = tiny.tuned(gate="head", seed=0)
     one = tiny.trainer(model, tmp_path / "one", per_device_train_batch_size=8)
@@ -129,3 +137,20 @@ def test_a_base_sharded_by_fsdp2_trains_the_prefix_of_one_process(tmp_path):
     fw.attach(zoo.build("llama"), saved).detach()
     with pytest.raises(fw.MismatchError):
         fw.attach(zoo.build("llama", seed=1), saved)
+
+
+def test_accelerate_reads_the_example_configurations():
+    """DeepSpeed isn't run here: its files are what accelerate takes, and the prefix's parameters are left whole."""
+    from accelerate.commands.config import config_args
+
+    kinds = {}
+    for path in CONFIGS.glob("*.yaml"):
+        found = config_args.load_config_from_file(str(path))
+        kinds[path.stem] = str(found.distributed_type.value)
+        assert found.num_processes % found.num_machines == 0
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "MULTI_GPU", "deepspeed_zero3": "DEEPSPEED"}
+    named = config_args.load_config_from_file(str(CONFIGS / "deepspeed_zero3.yaml")).deepspeed_config
+    settings = json.loads((CONFIGS.parents[1] / named["deepspeed_config_file"]).read_text())["zero_optimization"]
+    assert settings["stage"] == 3
+    whole = settings["stage3_param_persistence_threshold"]
+    assert whole > 200 * 8 * 128  # 200 virtual tokens of Llama-2-70B: its largest parameter
