@@ -112,6 +112,15 @@ def test_one_run_learns_what_separate_runs_learn(tmp_path):
         torch.testing.assert_close(among.values[site], alone.values[site], atol=1e-6, rtol=1e-5)
 
 
+def test_a_stage_leaves_the_other_sites_common_tokens_alone(tmp_path):
+    model, tuning = tuned(common=2)
+    start = {n: p.detach().clone() for n, p in tuning.named_parameters()}
+    stages = fw.LayerByLayer([fw.Stage("last:1", 5), fw.Stage("last:1", 1)])
+    tiny.trainer(model, tmp_path, mixture(), callbacks=[stages], save_strategy="no").train()
+    moved = {n for n, p in tuning.named_parameters() if not torch.equal(p, start[n])}
+    assert moved == {f"encoder.{kind}.1" for kind in ("keys", "values", "common_keys", "common_values")}
+
+
 # ---------------------------------------------------------------- evaluation by task
 
 
