@@ -7,7 +7,7 @@ tasks' keys and values share (mean squared cosine, ``foreword.orthogonal.overlap
 
 The data sets are not part of this project. JSONL files, one folder each with train.jsonl and valid.jsonl:
 
-    python benchmarks/tasks.py --reviews reviews_rt --bible bible_modern --e2e e2e_nlg [--steps 45] [--only separate]
+    python benchmarks/tasks.py --reviews reviews_rt --bible bible_modern --e2e e2e_nlg [--steps 21] [--only separate]
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pathlib import Path
 
 from _measure import keep
 
-LENGTH = 18
+LENGTH, LONGEST = 18, 48  # virtual tokens; tokens of a row
 TEXTS = {
     "reviews": "Here is a glowing, enthusiastic review by somebody who loved every minute of this wonderful film:",
     "bible": "These verses of the Bible are given in old English, and then in the plain modern English of today:",
     "e2e": "These are facts about a restaurant, and then a description of it in one or two plain sentences:",
 }
 GENERAL = "Read the text carefully, and write what comes next in plain words, as the examples that you know of do:"
-SIZES = {"reviews": 240, "bible": 480, "e2e": 1920}  # as unlike as tasks often are
+SIZES = {"reviews": 120, "bible": 240, "e2e": 960}  # as unlike as tasks often are
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "interference.png"
 
 
@@ -44,10 +44,6 @@ def variants() -> dict[str, dict]:
         "one run, alike, 6 of 18 tokens common": {
             "config": {**own, "init": {**TEXTS, "*": GENERAL}, "common": 6}, "sampling": "uniform"
         },
-        "one run, alike, one MLP for all": {
-            "config": {**own, "reparam": "mlp", "share": "layers"}, "sampling": "uniform"
-        },
-        "one run, alike, penalty 1": {"config": own, "sampling": "uniform", "orthogonality": 1.0},
         "one run, alike, penalty 10": {"config": own, "sampling": "uniform", "orthogonality": 10.0},
         "one run, alike, random start": {"config": random_start, "sampling": "uniform"},
         "one run, alike, orthogonal start": {"config": {**random_start, "init": "orthogonal"}, "sampling": "uniform"},
@@ -58,10 +54,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for task in TEXTS:
         parser.add_argument(f"--{task}", required=True, help="folder with train.jsonl and valid.jsonl")
-    parser.add_argument("--steps", type=int, default=45)
+    parser.add_argument("--steps", type=int, default=21)
     parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--held-out", type=int, default=32, help="examples of each task")
-    parser.add_argument("--only", nargs="*", help="names of variants, or 'separate'")
+    parser.add_argument("--held-out", type=int, default=20, help="examples of each task")
+    parser.add_argument("--only", nargs="*", help="names of variants, or 'starts', 'separate'")
     options = parser.parse_args()
 
     import foreword as fw
@@ -69,10 +65,16 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     model, tokenizer = fw.load_model("demo")
-    parts = {task: examples(task, Path(getattr(options, task)), options.held_out) for task in TEXTS}
-    train, valid = (
-        {task: encode(read_examples(part[i]), tokenizer, max_length=64) for task, part in parts.items()} for i in (0, 1)
-    )
+    train: dict = {}
+    valid: dict = {}
+    for name, data, sizes in (("train", train, SIZES), ("valid", valid, dict.fromkeys(TEXTS, options.held_out))):
+        for task in TEXTS:
+            rows_of = examples(Path(getattr(options, task)) / f"{name}.jsonl")
+            encoded = encode(read_examples(rows_of), tokenizer, max_length=512)
+            short = [i for i in range(len(encoded)) if len(encoded[i]["input_ids"]) <= LONGEST]
+            data[task] = encode(
+                read_examples([rows_of[i] for i in short[: sizes[task]]]), tokenizer, max_length=LONGEST
+            )
     rows: dict[str, dict] = {}
 
     def measured(name: str, run: dict, prefixes: dict) -> None:
@@ -80,6 +82,9 @@ def main() -> None:
         own = " ".join(f"{task} {rows[name]['own'][task]:.3f}" for task in TEXTS)
         print(f"{name:40} {own}  overlap {rows[name]['overlap']:.3f}", flush=True)
 
+    if not options.only or "starts" in options.only:
+        texts = {t: fw.Prefix.from_text(model, tokenizer, text, length=LENGTH) for t, text in TEXTS.items()}
+        measured("the texts, untrained", {"parameters": 0, "seconds": 0.0}, texts)
     if not options.only or "separate" in options.only:
         made = {task: separate(model, tokenizer, task, train[task], options) for task in TEXTS}
         measured("separate runs", total([run for run, _ in made.values()]), {t: p for t, (_, p) in made.items()})
@@ -91,18 +96,15 @@ def main() -> None:
     print("written:", keep("tasks", {"options": kept, "sizes": SIZES, "rows": rows}))
 
 
-def examples(task: str, folder: Path, held_out: int) -> tuple[list[dict], list[dict]]:
-    """Inputs and outputs to train on, as many as the task has here, and held-out ones."""
-    found = []
-    for name, n in (("train", SIZES[task]), ("valid", held_out)):
-        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        random.Random(0).shuffle(rows)
-        rows = [r for r in rows if r.get("label", "positive") == "positive"][:n]
-        found.append([
-            {"text": r["text"]} if "text" in r else {"input": r["input"] + "\n", "output": r["references"][0]}
-            for r in rows
-        ])  # fmt: skip
-    return found[0], found[1]
+def examples(path: Path) -> list[dict]:
+    """Inputs and outputs in random order; of reviews the positive ones."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    random.Random(0).shuffle(rows)
+    return [
+        {"text": r["text"]} if "text" in r else {"input": r["input"] + "\n", "output": r["references"][0]}
+        for r in rows
+        if r.get("label", "positive") == "positive"
+    ]
 
 
 def separate(model, tokenizer, task: str, data, options) -> tuple[dict, object]:
