@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from foreword._queries import boundary
     from foreword.attention import attention_path
     from foreword.config import PrefixConfig
+    from foreword.data.mixture import TaskMixture
     from foreword.errors import (
         AttachError,
         ConfigError,
@@ -49,6 +50,7 @@ _HOMES = {
         ("AdapterConfig", "BitFitConfig", "FullConfig", "LoRAConfig", "MemoryConfig", "PromptConfig"), "methods"
     ),
     "PrefixConfig": "config",
+    "TaskMixture": "data.mixture",
     "load_model": "models",
     "Prefix": "prefix",
     "Library": "serve.library",
@@ -106,6 +108,7 @@ __all__ = [
     "RollBack",
     "Site",
     "Stage",
+    "TaskMixture",
     "Tuning",
     "UnsupportedModelError",
     "attach",

@@ -51,8 +51,8 @@ class Prompt(PrefixEncoder):
         self.rotations = dict(rotations)
         self.position_offset = position_offset
 
-    def by_token(self) -> list[nn.Parameter]:
-        return [self.embeddings]
+    def by_token(self) -> list[tuple[int, nn.Parameter]]:
+        return [(0, self.embeddings)]
 
     def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         model: PreTrainedModel = self.__dict__["model"]

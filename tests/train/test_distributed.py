@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_tasks
 import tiny
 import torch
 
@@ -105,6 +106,37 @@ def test_ctrl_c_in_one_process_stops_all_at_the_same_step(tmp_path):
     torchrun("ddp_diverge.py", tmp_path / "run", tmp_path, "ctrl-c")
     first, second = (json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1))
     assert first == second == {"ended": "well", "step": 3, "events": [], "asked": True}
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_tasks_of_one_with_the_doubled_batch_and_resume(tmp_path):
+    """Each takes its part of the mixture's order, also when they resume in a later epoch."""
+    out = tmp_path / "run"
+    model, tuning = test_tasks.tuned(common=1)
+    seen = test_tasks.Seen(model)
+    options = {"per_device_train_batch_size": 4, "max_steps": 7, "orthogonality": 1.0, "save_strategy": "no"}
+    data, valid = test_tasks.mixture(), test_tasks.mixture((3, 4, 2))
+    one = tiny.trainer(model, tmp_path / "one", data, valid=valid, eval_strategy="steps", eval_steps=7, **options)
+    one.train()
+    for checkpoint, steps in ((None, 7), (out / "checkpoint-5", 2)):  # 4 steps an epoch
+        torchrun("ddp_tasks.py", out, tmp_path, *([checkpoint] if checkpoint else []))
+        ranks = [json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1)]
+        assert [r["world"] for r in ranks] == [2, 2] and [len(r["rows"]) for r in ranks] == [steps, steps]
+        both = [[tuple(row) for r in ranks for row in r["rows"][step]] for step in range(steps)]
+        assert both == [list(batch) for batch in seen.rows[-steps:]]
+        assert list(ranks[0]["losses"].values()) == pytest.approx(list(tiny.losses(one).values()), abs=1e-4)
+        last, alone = ranks[0]["last"], {k: v for e in one.state.log_history for k, v in e.items()}
+        assert ranks[1]["last"] == last and last["orthogonality"] == pytest.approx(alone["orthogonality"], rel=1e-3)
+        means = [last[f"eval_{task}_loss"] for task in test_tasks.TASKS]  # of batches, which are others here
+        assert last["eval_loss"] == pytest.approx(sum(means) / 3)
+        assert last["eval_loss"] == pytest.approx(alone["eval_loss"], rel=0.1)
+        for task in test_tasks.TASKS:
+            want = tuning.bake(task=task)
+            twice = [fw.Prefix.load(tmp_path / f"prefixes-{i}" / task) for i in (0, 1)]
+            assert twice[0] == twice[1]
+            for site in want.keys:
+                torch.testing.assert_close(twice[0].keys[site], want.keys[site], atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(twice[0].values[site], want.values[site], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def same(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["plain", "growth", "stages", "rollback", "monitor"])
+@pytest.mark.parametrize("strategy", ["plain", "growth", "stages", "rollback", "monitor", "tasks"])
 def test_a_run_killed_six_times_ends_with_the_same_prefix(strategy, tmp_path):
     sys.path.insert(0, str(SCRIPTS))
     try:
@@ -53,10 +53,11 @@ def test_a_run_killed_six_times_ends_with_the_same_prefix(strategy, tmp_path):
     assert process.returncode == 0, told
     ends = [int(line.split()[2]) for line in printed.splitlines()]
     assert len(ends) == 6 and ends.count(signal.SIGKILL) >= 4 and set(ends) <= {0, signal.SIGKILL}, told
-    assert fw.Prefix.load(out / "final") == fw.Prefix.load(tmp_path / "whole" / "final"), told
+    for task in ("one", "two", "three") if strategy == "tasks" else ("",):
+        assert fw.Prefix.load(out / "final" / task) == fw.Prefix.load(tmp_path / "whole" / "final" / task), told
     logs = [json.loads((p / "checkpoint-14" / "trainer_state.json").read_text())["log_history"]
             for p in (tmp_path / "whole", out)]  # fmt: skip
-    first, second = ([(e["step"], e["loss"]) for e in log if "loss" in e] for log in logs)
+    first, second = ([(e["step"], e["loss"], e.get("orthogonality")) for e in log if "loss" in e] for log in logs)
     assert first == second and len(first) == 14, told
     if strategy == "monitor":
         seen = [(p / "monitor.jsonl").read_text() for p in (tmp_path / "whole", out)]

@@ -118,8 +118,8 @@ def test_the_bar_shows_the_losses(tmp_path):
     assert "film" in shown and "4/4" in shown and "validation" in shown and "{'loss'" not in shown
 
 
-def test_several_tasks_are_refused_before_training(tmp_path):
-    with pytest.raises(fw.ConfigError, match="a run here has one task"):
+def test_several_tasks_with_one_data_set_are_refused_before_training(tmp_path):
+    with pytest.raises(fw.ConfigError, match="trains several prefixes, and the data are one set"):
         run(zoo.build("llama"), tmp_path / "out", what=fw.PrefixConfig(length=2, init="random", tasks=("a", "b")))
     assert not (tmp_path / "out").exists()
 

@@ -61,6 +61,8 @@ class Growth(TrainerCallback):
             self._place(state, ahead=1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "eval_loss" not in kwargs.get("metrics", ("eval_loss",)):
+            return  # one task of several: their mean is still to come
         length, since = self._standing(state)
         losses = [e["eval_loss"] for e in state.log_history if "eval_loss" in e and e["step"] >= since]
         settled = state.global_step >= since + (self.settle if length > self.start else 0)
@@ -140,8 +142,7 @@ def _settle_steps(tuning: Tuning, optimizer: Any, old: int, new: int) -> None:
     Adam divides by what it has seen of a gradient's square. Of new tokens it has seen nothing, and would move them
     several times too far.
     """
-    first = 1 if tuning.encoder.freeze_first else 0
-    for parameter in tuning.encoder.by_token():
+    for first, parameter in tuning.encoder.by_token():
         seen = optimizer.state.get(parameter, {}).get("exp_avg_sq") if optimizer is not None else None
         if seen is not None and seen.shape[-2] > old - first > 0:
             seen[..., old - first : new - first, :] = seen[..., : old - first, :].mean(-2, keepdim=True)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from foreword._choice import LONG_TEXT
 from foreword._offloaded import to_the_end
 from foreword.attention import attention_path
+from foreword.data.mixture import TaskMixture
 from foreword.errors import ConfigError
 from foreword.train._live import Batch, bytes_of, size_of, step_peak
 from foreword.train.trainer import PrefixTrainer
@@ -178,7 +179,12 @@ def longest_batch(trainer: PrefixTrainer) -> Batch:
         named = (example.get(n) for n in ("input_ids", "labels")) if hasattr(example, "get") else ()
         return max((len(v) for v in named if isinstance(v, Sized)), default=0)
 
-    longest = nlargest(trainer.args.train_batch_size, range(len(data)), key=length)
+    rows = trainer.args.train_batch_size
+    longest = nlargest(rows, range(len(data)), key=length)
+    if isinstance(data, TaskMixture) and rows > 1 and len(data.parts) > 1:
+        # Rows of one task share its prefix, and a batch of several has copies: so is this one, from its first rows on.
+        first = data[longest[0]]["task"]
+        longest[1] = max((i for i in range(len(data)) if data[i]["task"] != first), key=length)
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     return cast(Batch, collate([data[i] for i in longest]))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from foreword.data import Collator, EncodedDataset
+from foreword.config import PrefixConfig
+from foreword.data import Collator, EncodedDataset, TaskMixture
 from foreword.errors import ConfigError
 from foreword.methods import Config
 from foreword.prefix import Prefix
@@ -21,7 +23,10 @@ from foreword.train.checkpoints import last_checkpoint, written_checkpoints
 from foreword.train.memory_estimate import MemoryEstimate, estimate_memory
 from foreword.train.progress import RichProgress, StopOnSignal
 from foreword.train.trainer import PrefixTrainer
-from foreword.tuning import attach
+from foreword.tuning import Tuning, attach
+
+Examples = EncodedDataset | TaskMixture
+_OURS = re.compile(r"checkpoint-\d+|runs|last-good")  # folders that a run makes
 
 
 @dataclass(frozen=True)
@@ -29,35 +34,50 @@ class RunResult:
     """What a run left behind.
 
     Attributes:
-        prefix: the trained prefix, baked.
+        prefixes: the trained prefixes, baked, by task; of a run without tasks, the only one under ``""``.
         history: the Trainer's log.
         steps: optimizer steps done.
         interrupted: whether Ctrl-C ended it early.
         parameters: how many numbers were trained.
     """
 
-    prefix: Prefix
+    prefixes: Mapping[str, Prefix]
     history: list[dict[str, Any]]
     steps: int
     interrupted: bool
     parameters: int
+
+    @property
+    def prefix(self) -> Prefix:
+        """The trained prefix.
+
+        Raises:
+            ConfigError: the run had several tasks.
+        """
+        if "" not in self.prefixes:
+            first = next(iter(self.prefixes))
+            raise ConfigError(f"this run has a prefix for each task; take one of them: prefixes[{first!r}]")
+        return self.prefixes[""]
 
 
 def train_prefix(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     what: Config | Prefix | Sequence[Config | Prefix],
-    dataset: EncodedDataset,
+    dataset: Examples,
     out: Path,
     arguments: dict[str, Any],
     *,
-    valid: EncodedDataset | None = None,
+    valid: Examples | None = None,
     resume: bool = False,
     label: str = "training",
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Train a prefix and save it into ``out``; the model is detached again at the end.
+
+    With ``PrefixConfig(tasks=...)`` the data are a ``TaskMixture``, and each task's prefix goes into a folder of its
+    name in ``out``.
 
     Args:
         what: a configuration for a new prefix (or several methods), or a prefix to go on training.
@@ -66,17 +86,14 @@ def train_prefix(
         callbacks: strategies (``Growth``, ``LayerByLayer``, ``RollBack``, ``Monitor``), or any of transformers'.
 
     Raises:
-        ConfigError: ``out`` holds a run already and ``resume`` was not asked for, or the reverse.
+        ConfigError: ``out`` holds a run already and ``resume`` was not asked for, or the reverse; the tasks of data
+            and configuration differ.
         DivergedError: the loss or gradient left the finite; the last good prefix is in ``out/last-good``.
     """
     console = console or Console(stderr=True)
-    _check_out(out, resume)
+    _check_out(out, resume, _tasks(what, dataset, valid))
     args = _arguments(out, arguments, valid is not None)
     set_seed(args.seed)
-    if any(getattr(c, "tasks", ()) for c in (what if isinstance(what, Sequence) else [what])):
-        raise ConfigError(
-            "a run here has one task; attach the tasks and train them with PrefixTrainer, then tuning.save()"
-        )
     tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
     progress, stop = RichProgress(label, console), StopOnSignal(console)
     try:
@@ -95,11 +112,11 @@ def train_prefix(
         progress.close()
         history = list(trainer.state.log_history)
         tuning.metadata["training"] = trainer._record()
-        tuning.metadata["metrics"] = _metrics(history)
-        prefix = tuning.bake()
+        prefixes = _baked(tuning, history)
         if trainer.args.should_save:
-            prefix.save(out)
-        return RunResult(prefix, history, trainer.state.global_step, stop.asked, tuning.num_parameters)
+            for task, prefix in prefixes.items():
+                prefix.save(out / task)
+        return RunResult(prefixes, history, trainer.state.global_step, stop.asked, tuning.num_parameters)
     finally:
         progress.close()
         if tuning.attached:
@@ -110,10 +127,11 @@ def memory_of_run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     what: Config | Prefix | Sequence[Config | Prefix],
-    dataset: EncodedDataset,
+    dataset: Examples,
     arguments: dict[str, Any],
 ) -> MemoryEstimate:
     """What :func:`train_prefix` with the same arguments would need in memory; nothing is trained or written."""
+    _tasks(what, dataset)
     tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
     try:
         with TemporaryDirectory() as out:
@@ -127,8 +145,8 @@ def _trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     args: PrefixTrainingArguments,
-    dataset: EncodedDataset,
-    valid: EncodedDataset | None,
+    dataset: Examples,
+    valid: Examples | None,
     callbacks: list[TrainerCallback],
 ) -> PrefixTrainer:
     collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
@@ -137,20 +155,53 @@ def _trainer(
     )
 
 
-def _check_out(out: Path, resume: bool) -> None:
+def _tasks(what: Config | Prefix | Sequence[Config | Prefix], *data: Examples | None) -> Sequence[str]:
+    """The tasks that are to be trained.
+
+    Raises:
+        ConfigError: there are some, and the data don't say which example belongs to which.
+    """
+    items = what if isinstance(what, Sequence) else [what]
+    tasks = next((c.tasks for c in items if isinstance(c, PrefixConfig)), ())
+    if tasks and not all(isinstance(d, TaskMixture | None) for d in data):
+        raise ConfigError(
+            f"PrefixConfig(tasks={tuple(tasks)!r}) trains several prefixes, and the data are one set; give each task "
+            "its own: TaskMixture({" + f"{tasks[0]!r}: ...}})"
+        )
+    return tasks
+
+
+def _check_out(out: Path, resume: bool, tasks: Sequence[str]) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give the name of a folder for the prefix")
-    if (out / "README.md").exists() and not (out / "foreword.json").exists():
-        raise ConfigError(
-            f"{out} holds a README.md of something else, which a prefix would replace; give another folder"
-        )
+    if ours := next((task for task in tasks if _OURS.fullmatch(task)), None):
+        raise ConfigError(f"a task can't be named {ours!r}: a run has a folder of that name; choose another")
+    for folder in [out / task for task in tasks] or [out]:
+        if (folder / "README.md").exists() and not (folder / "foreword.json").exists():
+            raise ConfigError(
+                f"{folder} holds a README.md of something else, which a prefix would replace; give another folder"
+            )
     found = last_checkpoint(out) if out.is_dir() else None
     if resume and found is None:
         raise ConfigError(f"--resume: {out} holds no whole checkpoint; leave --resume out to start anew")
-    if not resume and (out / "foreword.json").exists():
-        raise ConfigError(f"{out} holds a prefix already; choose another --out, or go on with it (--resume, --start)")
+    held = next((f for f in (out, *(out / task for task in tasks)) if (f / "foreword.json").exists()), None)
+    if not resume and held is not None:
+        raise ConfigError(f"{held} holds a prefix already; choose another --out, or go on with it (--resume, --start)")
     if not resume and (begun := written_checkpoints(out)):
         raise ConfigError(f"{out} holds an unfinished run ({begun[0].name}); pass --resume to go on, or another --out")
+
+
+def _baked(tuning: Tuning, history: list[dict[str, Any]]) -> dict[str, Prefix]:
+    """Each task's prefix with its own losses, or the only one under the empty name."""
+    if not tuning.tasks:
+        tuning.metadata["metrics"] = _metrics(history)
+        return {"": tuning.bake()}
+    prefixes = {}
+    for task in tuning.tasks:
+        metrics = _metrics(history, f"eval_{task}_loss")
+        tuning.metadata["metrics"] = {"eval_loss" if k.startswith("eval_") else k: v for k, v in metrics.items()}
+        prefixes[task] = tuning.bake(task=task)
+    return prefixes
 
 
 def _arguments(out: Path, arguments: dict[str, Any], evaluates: bool) -> PrefixTrainingArguments:
@@ -166,11 +217,11 @@ def _arguments(out: Path, arguments: dict[str, Any], evaluates: bool) -> PrefixT
     return PrefixTrainingArguments(**{**defaults, **arguments})
 
 
-def _metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+def _metrics(history: list[dict[str, Any]], valid: str = "eval_loss") -> dict[str, float]:
     """The last losses of a run."""
     found: dict[str, float] = {}
     for entry in reversed(history):
-        for name in ("loss", "eval_loss"):
+        for name in ("loss", valid):
             if name in entry:
                 found.setdefault(name, float(entry[name]))
     return found

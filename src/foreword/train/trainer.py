@@ -24,9 +24,12 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from foreword._offloaded import is_offloaded, to_the_end
 from foreword.config import PrefixConfig
+from foreword.data.mixture import TaskMixture
 from foreword.errors import AttachError, ConfigError, DivergedError, PrefixFileError
 from foreword.methods import usual_learning_rate
+from foreword.orthogonal import penalty
 from foreword.quantized import adapters_are_on
+from foreword.train import tasks
 from foreword.train.arguments import PrefixTrainingArguments
 from foreword.train.checkpoints import (
     STATE,
@@ -54,11 +57,12 @@ class PrefixTrainer(Trainer):
     Args:
         model: a model with a trainable prefix on it (``fw.attach(model, fw.PrefixConfig(...))``).
         args: :class:`PrefixTrainingArguments`, or plain ``TrainingArguments``.
-        kwargs: as for ``transformers.Trainer``.
+        kwargs: as for ``transformers.Trainer``; data sets may be a ``TaskMixture``.
 
     Raises:
         AttachError: no trainable prefix is attached, or the model was offloaded after it was attached.
-        ConfigError: accelerate was asked to shard the model, or an offloaded one is to be trained in several processes.
+        ConfigError: accelerate was asked to shard the model, or an offloaded one is to be trained in several processes;
+            the tasks of prefix and data differ, or a penalty between tasks has no two of them.
     """
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments | None = None, **kwargs: Any) -> None:
@@ -76,8 +80,10 @@ class PrefixTrainer(Trainer):
             )
         self.tuning = tuning
         args = args if args is not None else PrefixTrainingArguments(output_dir="runs/prefix")
+        kwargs = tasks.prepared(tuning, args, kwargs)
         _settle_learning_rate(args, tuning)
         self._norms: deque[float] = deque(maxlen=50)
+        self._overlaps: deque[Tensor] = deque(maxlen=1000)  # of tasks, since the last line of the log
         self._good: list[Tensor] = []
         with adapters_are_on(model):
             super().__init__(model, args, **kwargs)
@@ -125,6 +131,49 @@ class PrefixTrainer(Trainer):
             self._created_lr_scheduler = True
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---------------------------------------------------------------- several tasks
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """A mixture's own order, else Trainer's."""
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        if isinstance(data, TaskMixture):
+            return tasks.MixtureSampler(data, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Trainer's loss; in training, with the penalty on what tasks share where one is asked for."""
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        strength = tasks.orthogonality(self.args)
+        if not strength or not model.training:
+            return found
+        shared = penalty(self.tuning.encoder, len(self.tuning.tasks))
+        self._overlaps.append(shared.detach())
+        # A loss over the tokens of all accumulated batches is not divided by their number any more.
+        counted = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        scaled = counted and num_items_in_batch is not None
+        added = strength * shared / (self.current_gradient_accumulation_steps if scaled else 1)
+        return (found[0] + added, *found[1:]) if return_outputs else found + added
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the mean penalty since the last line, before its strength: ``orthogonality``."""
+        if "loss" in logs and self._overlaps:
+            logs["orthogonality"] = float(torch.stack([*self._overlaps]).mean())
+            self._overlaps.clear()
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Trainer's; of several data sets (by task), the mean of their losses is ``eval_loss``."""
+        eval_dataset = eval_dataset.parts if isinstance(eval_dataset, TaskMixture) else eval_dataset
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(data, dict) and (mean := tasks.mean_loss(metrics, metric_key_prefix, data)):
+            metrics.update(mean)
+            self.log(dict(mean))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, mean)
+        return metrics
 
     # ---------------------------------------------------------------- watching for divergence
 
@@ -268,6 +317,7 @@ class PrefixTrainer(Trainer):
             resume_from_checkpoint = str(last) if last is not None else None
         elif resume_from_checkpoint:
             require_whole(Path(resume_from_checkpoint))
+        self._overlaps.clear()  # an estimate of the memory has run the loss
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.args.should_save and self.state.log_history:
             folder = Path(self.args.output_dir or ".")

@@ -17,6 +17,7 @@ import tiny
 import torch
 import transformers
 
+import foreword as fw
 from foreword.train.growth import Growth
 from foreword.train.monitor import Monitor
 from foreword.train.rollback import RollBack
@@ -47,6 +48,12 @@ def strategy(name):
         return {"gate": "head", "dropout": 0.1}, [LayerByLayer(stages)], {}
     if name == "monitor":
         return MLP, [Monitor(every=1)], {}
+    if name == "tasks":  # 20 rows, so that checkpoints fall into three epochs
+        data = {task: tiny.rows(n, seed=i) for i, (task, n) in enumerate({"one": 12, "two": 6, "three": 2}.items())}
+        config = {"tasks": tuple(data), "common": 2, "dropout": 0.1, "init": "orthogonal", "length": 4}
+        mixture = fw.TaskMixture(data, sampling="temperature", temperature=2.0)
+        watched = {"eval_strategy": "steps", "eval_steps": 4, "valid": mixture}
+        return config, [], {"data": mixture, "orthogonality": 0.5, **watched}
     if name == "rollback":  # three steps in a row, as far from usual as it takes
         return MLP, [RollBack(every=2, times=9), Spikes((11, 12, 13))], {"explode_factor": 50.0}
     return MLP, [], {}
@@ -73,7 +80,7 @@ def train(out, pipe, name):
     model, tuning = tiny.tuned(**config)
     arguments = {"save_steps": 1, "save_total_limit": 2, "max_steps": 14, **more}
     tiny.trainer(model, out, callbacks=[*callbacks, Slow(pipe)], **arguments).train(resume_from_checkpoint=True)
-    tuning.bake().save(out / "final")
+    tuning.save(out / "final")
 
 
 def run(out, kill_at, wait, name):
