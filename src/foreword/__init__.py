@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foreword._queries import boundary
     from foreword.attention import attention_path
+    from foreword.compression import compress
     from foreword.config import PrefixConfig
     from foreword.errors import (
         AttachError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from foreword.serve.library import Library
     from foreword.shares import attention_shares
     from foreword.sites import Site, sites
+    from foreword.storage import Storage
     from foreword.train.arguments import PrefixTrainingArguments
     from foreword.train.growth import Growth
     from foreword.train.monitor import Monitor
@@ -48,6 +50,7 @@ _HOMES = {
     **dict.fromkeys(
         ("AdapterConfig", "BitFitConfig", "FullConfig", "LoRAConfig", "MemoryConfig", "PromptConfig"), "methods"
     ),
+    "compress": "compression",
     "PrefixConfig": "config",
     "load_model": "models",
     "Prefix": "prefix",
@@ -55,6 +58,7 @@ _HOMES = {
     "attention_shares": "shares",
     "Site": "sites",
     "sites": "sites",
+    "Storage": "storage",
     "PrefixTrainingArguments": "train.arguments",
     "PrefixTrainer": "train.trainer",
     "Growth": "train.growth",
@@ -106,12 +110,14 @@ __all__ = [
     "RollBack",
     "Site",
     "Stage",
+    "Storage",
     "Tuning",
     "UnsupportedModelError",
     "attach",
     "attention_path",
     "attention_shares",
     "boundary",
+    "compress",
     "load_model",
     "sites",
 ]
