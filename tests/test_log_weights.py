@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_packing import make
 
 import foreword as fw
 import zoo
+from test_packing import make
 
 COPIES = (3, 1, 2)
 

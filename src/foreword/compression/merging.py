@@ -58,9 +58,10 @@ class _Tokens:
     """The tokens of a site while they are merged; shapes as in Prefix, in float64."""
 
     def __init__(self, keys: Tensor, values: Tensor, shares: Tensor, weights: Tensor | None) -> None:
-        self.keys, self.values = keys.detach().cpu().double(), values.detach().cpu().double()  # (G, P, dim)
+        self.keys, self.values = (t.detach().to("cpu", torch.float64, copy=True) for t in (keys, values))  # (G, P, dim)
         self.shares = shares.double().clamp(min=1e-12)  # (G, P)
-        self.weights = weights.cpu().double() if weights is not None else torch.zeros(keys.shape[1]).double()  # (P,)
+        unweighed = torch.zeros(keys.shape[1])
+        self.weights = (weights if weights is not None else unweighed).to("cpu", torch.float64, copy=True)  # (P,)
         self.alive = torch.ones(keys.shape[1], dtype=torch.bool)
         self.units = torch.nn.functional.normalize(self.keys, dim=-1)
         self.costs = torch.stack([self._costs(i) for i in range(keys.shape[1])])  # (P, P)

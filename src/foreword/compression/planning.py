@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from foreword.compression.storing import as_stored, halve, low_rank
+from foreword.compression.storing import as_stored, halve
 from foreword.errors import ConfigError
 from foreword.prefix import Prefix
-from foreword.storage import Storage
+from foreword.storage import Packing, Storage
 
 METHODS = ("half", "int8", "int4", "prune", "merge", "low-rank", "distill")
 QUICK = METHODS[:-1]
@@ -34,11 +34,15 @@ class Numbers:
 
     def of(self, prefix: Prefix) -> Prefix:
         """The prefix as it will be read back."""
+        written = self.written(prefix)
+        return written if written.storage.plain else as_stored(written, written.storage)
+
+    def written(self, prefix: Prefix) -> Prefix:
+        """The prefix so that it will be written in this way: of the same size, and not yet of the same numbers."""
         if self.half:
             prefix = halve(prefix)
-        if self.rank is not None:
-            return low_rank(prefix, self.rank, self.rank)
-        return prefix if self.storage.plain else as_stored(prefix, self.storage)
+        packing = Packing(rank=self.rank) if self.rank is not None else None
+        return replace(prefix, storage=Storage(packing, packing) if packing is not None else self.storage)
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,11 @@ def quick_plans(prefix: Prefix, methods: Sequence[str], limits: Limits) -> list[
     plans += [Plan(numbers[0], way, n) for way in shorter for n in usual_lengths(prefix)]
     if "low-rank" in methods:
         plans += [Plan(own) for own in _ranks(prefix, numbers, limits)]
-    plans += [Plan(own, way, n) for own in numbers for way in shorter for n in fitting(prefix, own, way, limits)]
+    for own in numbers:
+        lengths = {
+            weighed: fitting(prefix, own, limits, weighed=weighed) for weighed in {way == MERGE for way in shorter}
+        }
+        plans += [Plan(own, way, n) for way in shorter for n in lengths[way == MERGE]]
     return list(dict.fromkeys(plans))
 
 
@@ -158,8 +166,9 @@ def usual_lengths(prefix: Prefix) -> list[int]:
     return [n for f in FRACTIONS if 0 < (n := round(f * prefix.longest)) < prefix.longest]
 
 
-def fitting(prefix: Prefix, numbers: Numbers, way: str, limits: Limits) -> list[int]:
+def fitting(prefix: Prefix, numbers: Numbers, limits: Limits, *, weighed: bool = False) -> list[int]:
     """The most tokens that the limit of bytes leaves, if it asks for fewer; without one, the usual lengths."""
+    way = MERGE if weighed else UNIFORM
     target = limits.target_bytes
     if target is None:
         return usual_lengths(prefix)
@@ -201,7 +210,7 @@ def size_of(prefix: Prefix, plan: Plan) -> int:
         if plan.shorter == MERGE:
             weights = {s.name: torch.zeros(prefix.length(s.name)) for s in prefix.sites}
             prefix = replace(prefix, log_weights=weights)
-    return noted(plan.numbers.of(prefix), plan, LONGEST, LONGEST).stored_nbytes
+    return noted(plan.numbers.written(prefix), plan, LONGEST, LONGEST).stored_nbytes
 
 
 def noted(prefix: Prefix, plan: Plan, before: float, after: float) -> Prefix:

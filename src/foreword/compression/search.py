@@ -262,7 +262,7 @@ class _Search:
         if small:
             return [replace(min(small, key=lambda c: c.loss).plan, shorter=DISTILL)]
         narrow = ways_to_write(self.prefix, self.methods)[-1]
-        return [Plan(narrow, DISTILL, n) for n in fitting(self.prefix, narrow, DISTILL, self.limits)]
+        return [Plan(narrow, DISTILL, n) for n in fitting(self.prefix, narrow, self.limits)]
 
     def _train(self, plan: Plan) -> bool:
         """Have the shorter prefix of a plan. False: Ctrl-C came."""
