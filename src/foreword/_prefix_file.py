@@ -128,11 +128,6 @@ def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, description
 
 
-def checksum_of(prefix: Prefix) -> str:
-    """The checksum that a prefix has in its file."""
-    return _checksum(_describe(prefix)[0])
-
-
 def load(folder: Path) -> Prefix:
     """Read and check a prefix folder."""
     description = _read_description(folder)
@@ -265,6 +260,11 @@ def _rotations(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[
         if rotation.layout not in ("half", "interleaved") or rotation.inv_freq.dim() != 1 or rotation.start < 0:
             raise ValueError(f"a rotation of layout {rotation.layout!r} from {rotation.start} makes no sense")
     return {e["name"]: groups[e["rotation"]] for e in description["sites"] if e["rotation"] is not None}
+
+
+def checksum_of(prefix: Prefix) -> str:
+    """The checksum that a prefix has in its file."""
+    return _checksum(_describe(prefix)[0])
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
