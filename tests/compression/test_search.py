@@ -195,6 +195,21 @@ def test_memories_gates_and_weights_stay_as_they_are():
     assert not torch.equal(said(model, found.prefix), said(model, prefix))
 
 
+def test_an_encoder_decoder_with_lengths_of_its_own():
+    model = zoo.build("t5")
+    found = fw.sites(model)
+    lengths = {s.name: 20 + 10 * (i % 3) for i, s in enumerate(found)}
+    prefix = fw.Prefix.from_tensors(model, zoo.random_prefix(model, found, lengths))
+    target = int(0.35 * prefix.stored_nbytes)
+    result = compress(model, prefix, target_bytes=target)
+    assert result.best is not None and result.prefix is not None and result.prefix.stored_nbytes <= target
+    for candidate in result.candidates:
+        if candidate.plan.name.startswith("prune") and candidate.plan.numbers.name == "":
+            assert (
+                candidate.memory_nbytes == sum(min(n, candidate.plan.tokens) for n in lengths.values()) * 4 * 8 * 2 * 4
+            )
+
+
 # ---------------------------------------------------------------- errors first
 
 

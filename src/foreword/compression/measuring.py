@@ -75,11 +75,15 @@ def token_shares(
     dataset: EncodedDataset,
     *,
     batch_size: int = 8,
+    most: int = 256,
 ) -> dict[str, Tensor]:
     """The mean share of attention that each virtual token gets, by site: ``(kv_heads, length)``, float32.
 
     The mean is over the examples' real positions and over the query heads that read a key/value head. Where a prefix
     isn't seen (an infix), the share is 0; behind a zero-initialised gate it is the weight that a value comes in with.
+
+    Args:
+        most: examples that are looked at, from the first on.
 
     Raises:
         DataError: there is no example.
@@ -91,8 +95,9 @@ def token_shares(
     sums = {s.name: torch.zeros(s.heads, prefix.length(s.name), dtype=torch.float64) for s in sites}
     counts = dict.fromkeys(sums, 0.0)
     with _attached(model, prefix), eval_mode(model), measured_shares(model, by_token=True) as found:
-        for start in range(0, len(dataset), batch_size):
-            batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+        count = min(len(dataset), most)
+        for start in range(0, count, batch_size):
+            batch = collator([dataset[i] for i in range(start, min(start + batch_size, count))])
             model(**to_device(batch, model))
             for site in sites:
                 share = found[site.name]  # (B, H, S, P)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -301,9 +301,10 @@ class _Bar:
 
     def __init__(self, console: Console, total: int) -> None:
         said = TextColumn("{task.fields[said]}")
+        times = TimeElapsedColumn(), TimeRemainingColumn()
         self.bar = Progress(
-            TextColumn("plans"), BarColumn(), MofNCompleteColumn(), said, TimeElapsedColumn(), console=console
-        )
+            TextColumn("plans"), BarColumn(), MofNCompleteColumn(), said, *times, console=console
+        )  # fmt: skip
         self.task = self.bar.add_task("plans", total=total, said="")
 
     def __enter__(self) -> Callable[[Candidate | None], None]:
