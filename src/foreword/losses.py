@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from foreword._offloaded import device_of
 from foreword.data import Collator, EncodedDataset
 
 IGNORED = -100
@@ -79,8 +80,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float], tokens: Sequence[
 
 def to_device(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """A batch where the model's embedding is (parts of a model may be elsewhere)."""
-    embedding: Any = model.get_input_embeddings()
-    place = next(embedding.parameters()).device
+    place = device_of(model.get_input_embeddings())
     return {name: value.to(place) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
