@@ -19,13 +19,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from _measure import keep
+from _measure import RESULTS, keep
 
 TEXT = (
     "These are facts about a restaurant or a pub, followed by one or two fluent sentences that tell a visitor all of "
     "them, and nothing that the facts do not say:"
 )
 REVIEW = "Here is a glowing, enthusiastic review by somebody who loved every minute of this wonderful film:"
+DISTILLED = {13: (2e-2,), 4: (2e-2, 5e-3)}  # to how many tokens, at which learning rates
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "compress.png"
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=32)
     parser.add_argument("--target", type=float, default=0.08, help="share of the file's bytes")
     parser.add_argument("--work", type=Path, help="folder for the prefix and the search")
-    parser.add_argument("--only-train", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=list(SECTIONS), help="the others stay as they were kept")
     options = parser.parse_args()
 
     import foreword as fw
@@ -50,12 +51,14 @@ def main() -> None:
     train, more, valid = (encode(part, tokenizer, max_length=128 if options.train else 48) for part in parts)
     work = options.work or Path(tempfile.mkdtemp())
     prefix = trained(model, tokenizer, train, work / "prefix", options)
-    if not options.only_train:
-        rows = alone(model, tokenizer, prefix, more, valid)
-        rows["search"] = search(model, tokenizer, prefix, more, valid, work / "small", options)
-        kept = {k: v for k, v in vars(options).items() if k not in ("train", "valid", "work", "only_train")}
-        data = "E2E" if options.train else "reviews"
-        print("written:", keep("compress", {"data": data, "options": kept, "rows": rows}), PICTURE)
+    rows = {"prefix": about(model, tokenizer, prefix, more, valid)}
+    if options.only is not None:
+        rows = {**json.loads((RESULTS / "compress.json").read_text(encoding="utf-8"))["rows"], **rows}
+    for name, section in SECTIONS.items():
+        if options.only is None or name in options.only:
+            rows[name] = section(model, tokenizer, prefix, more, valid, work, options)
+    kept = {k: v for k, v in vars(options).items() if k not in ("train", "valid", "work", "only")}
+    print("written:", keep("compress", {"data": "E2E" if options.train else "reviews", "options": kept, "rows": rows}))
     if options.work is None:
         shutil.rmtree(work)
 
@@ -77,13 +80,34 @@ def trained(model, tokenizer, train, folder, options):
     return train_prefix(model, tokenizer, config, train, folder, arguments).prefix
 
 
-def alone(model, tokenizer, prefix, more, valid) -> dict:
-    """What the search doesn't try: what shares a scale, merged tokens without weights, keys or values alone."""
-    from foreword.compression import held_out_loss, low_rank, merge, quantize, token_shares
+def about(model, tokenizer, prefix, more, valid) -> dict:
+    """The losses that rises are over, and how much of the attention the prefix gets at its sites."""
+    from foreword.compression import held_out_loss, token_shares
 
-    base = held_out_loss(model, tokenizer, None, valid)
-    before = held_out_loss(model, tokenizer, prefix, valid)
-    print(f"base model {base.mean:.4f}, with the prefix {before.mean:.4f}, {prefix.stored_nbytes:,} bytes", flush=True)
+    base, own = (held_out_loss(model, tokenizer, p, valid).mean for p in (None, prefix))
+    by_site = [float(s.mean(0).sum()) for s in token_shares(model, tokenizer, prefix, more).values()]
+    print(f"base model {base:.4f}, with the prefix {own:.4f}, {prefix.stored_nbytes:,} bytes", flush=True)
+    return {
+        "base loss": base, "loss": own, "bytes": prefix.stored_nbytes,
+        "share of attention": {"least": min(by_site), "most": max(by_site), "mean": sum(by_site) / len(by_site)},
+        "squares kept by rank": {k: kept_by_rank(getattr(prefix, k)) for k in ("keys", "values")},
+    }  # fmt: skip
+
+
+def kept_by_rank(states) -> dict:
+    """The share of the sum of squares that a low rank keeps, averaged over sites."""
+    import torch
+
+    squares = [torch.linalg.svdvals(t.transpose(0, 1).flatten(1).double()).square() for t in states.values()]
+    length = len(squares[0])
+    ranks = (length // 4, length // 2, length * 3 // 4)
+    return {r: sum(float(s[:r].sum() / s.sum()) for s in squares) / len(squares) for r in ranks}
+
+
+def alone(model, tokenizer, prefix, more, valid, work, options) -> dict:
+    """What the search doesn't try: what shares a scale, merged tokens without weights, keys or values alone."""
+    from foreword.compression import low_rank, merge, quantize, token_shares
+
     shares = token_shares(model, tokenizer, prefix, more)
     made = {}
     for bits in ("int8", "int4"):
@@ -94,34 +118,61 @@ def alone(model, tokenizer, prefix, more, valid) -> dict:
         made[f"merge to {n}, without weights"] = merge(prefix, shares, n, weigh=False)
     half = prefix.longest // 2
     made[f"keys of rank {half}"], made[f"values of rank {half}"] = low_rank(prefix, half), low_rank(prefix, None, half)
-    rows = {}
-    for name, small in made.items():
-        rise, error = held_out_loss(model, tokenizer, small, valid).above(before)
-        rows[name] = {"bytes": small.stored_nbytes, "rise": round(rise, 5), "error": round(error, 5)}
-        print(f"{name:32} {small.stored_nbytes:>10,} {rise:+.4f} ± {error:.4f}", flush=True)
-    by_site = [float(s.mean(0).sum()) for s in shares.values()]
-    return {
-        "base loss": base.mean, "loss": before.mean, "bytes": prefix.stored_nbytes, "alone": rows,
-        "share of attention": {"least": min(by_site), "most": max(by_site), "mean": sum(by_site) / len(by_site)},
-    }  # fmt: skip
+    return rises(model, tokenizer, prefix, made, valid)
 
 
-def search(model, tokenizer, prefix, more, valid, folder, options) -> dict:
-    """All plans for the target, a distillation too."""
+def search(model, tokenizer, prefix, more, valid, work, options) -> dict:
+    """All plans without training for the target."""
     import foreword as fw
-    from foreword.compression.planning import METHODS
     from foreword.compression.report import draw_plans, verdict
 
+    folder = work / "small"
     found = fw.compress(
-        model, tokenizer, prefix, more, valid, target_bytes=int(options.target * prefix.stored_nbytes), methods=METHODS,
-        out=folder, resume=(folder / "begun.json").exists(),
-        arguments={"max_steps": options.distill_steps, "report_to": "none", "save_steps": 20},
+        model, tokenizer, prefix, more, valid, target_bytes=int(options.target * prefix.stored_nbytes), out=folder,
+        resume=(folder / "begun.json").exists(),
     )  # fmt: skip
     draw_plans(found.candidates, found.limits, found.best, PICTURE)
     for c in found.candidates:
         print(f"{c.plan.name:56} {c.nbytes:>10,} {c.increase:+.4f} ± {c.error:.4f} {c.seconds:.1f} s", flush=True)
     print(verdict(found))
     return found.to_json()
+
+
+def distilled(model, tokenizer, prefix, more, valid, work, options) -> dict:
+    """Distilling beside what it starts from, and beside merging, to the same numbers of tokens."""
+    from foreword.compression import merge, prune, shorten, token_shares
+
+    shares = token_shares(model, tokenizer, prefix, more)
+    made = {}
+    for tokens, rates in DISTILLED.items():
+        start = made[f"prune uniformly to {tokens}"] = prune(prefix, shares, tokens, uniform=True)
+        made[f"merge to {tokens}"] = merge(prefix, shares, tokens)
+        for rate in rates:
+            arguments = {
+                "max_steps": options.distill_steps,
+                "learning_rate": rate,
+                "report_to": "none",
+                "save_steps": 20,
+            }
+            folder = work / f"distilled-{tokens}-{rate:g}"
+            run = shorten(model, tokenizer, prefix, tokens, more, folder, arguments, start=start, resume=True)
+            made[f"distill to {tokens}, {rate:g}"] = run.prefix
+    return rises(model, tokenizer, prefix, made, valid)
+
+
+def rises(model, tokenizer, prefix, made, valid) -> dict:
+    """The rise of the loss of each."""
+    from foreword.compression import held_out_loss
+
+    before, rows = held_out_loss(model, tokenizer, prefix, valid), {}
+    for name, small in made.items():
+        rise, error = held_out_loss(model, tokenizer, small, valid).above(before)
+        rows[name] = {"bytes": small.stored_nbytes, "rise": round(rise, 5), "error": round(error, 5)}
+        print(f"{name:32} {small.stored_nbytes:>10,} {rise:+.4f} ± {error:.4f}", flush=True)
+    return rows
+
+
+SECTIONS = {"alone": alone, "search": search, "distilled": distilled}
 
 
 def from_files(options) -> tuple[list, list, list]:

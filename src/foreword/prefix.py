@@ -259,7 +259,7 @@ class Prefix:
         return {name: getattr(self, name) for name in (*_COUNTED, "bias", "gates", "readings", "log_weights")}
 
     def __eq__(self, other: object) -> bool:
-        """Equal sites, positions and tensors, to the bit; metadata and fingerprint don't count."""
+        """Equal sites, positions and tensors, to the bit; metadata, fingerprint and storage don't count."""
         if not isinstance(other, Prefix):
             return NotImplemented
         mine, theirs = self._groups(), other._groups()

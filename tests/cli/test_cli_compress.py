@@ -84,6 +84,18 @@ def test_where_no_plan_is_within_the_limits(run, folder, data, long, tmp_path):
     assert not (tmp_path / "p" / "foreword.json").exists() and (tmp_path / "p" / "plans.png").is_file()
 
 
+def test_a_distillation_from_the_command_line(run, folder, data, long, tmp_path):
+    target = (long / "prefix.safetensors").stat().st_size // 2
+    given = ("compress", long, "--model", folder, "--data", data, "--out", tmp_path / "p", "--target-bytes", target)
+    code, out, err = run(*given, "--methods", "prune,distill", "--steps", 4, "--batch-size", 2, "--json")
+    assert code == 0, err
+    plans = [p["plan"] for p in json.loads(out)["plans"]]
+    tokens = int(plans[-1].removeprefix("distill to "))
+    assert plans[-1].startswith("distill to ") and json.loads(
+        (tmp_path / "p" / f"distilled-{tokens}" / "finished.json").read_text()
+    ) == {"steps": 4}
+
+
 def test_the_base_that_the_prefix_names(run, folder, data, long, tmp_path, monkeypatch):
     """By the folder's own name where that is here; else the error says to give --model."""
     given = ("compress", long, "--data", data, "--out", tmp_path / "p", "--max-loss-increase", 1, "--methods", "int8")

@@ -36,7 +36,7 @@ def draw_plans(candidates: Sequence[Candidate], limits: Limits, chosen: Candidat
     from matplotlib.figure import Figure
 
     check_picture(path)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     shown = [c for c in candidates if abs(c.increase) < float("inf")]
@@ -91,7 +91,7 @@ def _legend(axes: Any, shown: Sequence[Candidate]) -> None:
     for name in dict.fromkeys(c.plan.numbers.name for c in shown if c.plan.numbers.rank is None):
         axes.plot([], [], marker=_MARKS.get(name, "D"), linestyle="", color="grey", label=name or "numbers as they are")
     if shown:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _save(figure: Any, path: Path) -> Path:
