@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foreword._queries import boundary
     from foreword.attention import attention_path
+    from foreword.compression import compress
     from foreword.config import PrefixConfig
     from foreword.data.mixture import TaskMixture
     from foreword.errors import (
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from foreword.serve.library import Library
     from foreword.shares import attention_shares
     from foreword.sites import Site, sites
+    from foreword.storage import Storage
     from foreword.train.arguments import PrefixTrainingArguments
     from foreword.train.growth import Growth
     from foreword.train.monitor import Monitor
@@ -49,6 +51,7 @@ _HOMES = {
     **dict.fromkeys(
         ("AdapterConfig", "BitFitConfig", "FullConfig", "LoRAConfig", "MemoryConfig", "PromptConfig"), "methods"
     ),
+    "compress": "compression",
     "PrefixConfig": "config",
     "TaskMixture": "data.mixture",
     "load_model": "models",
@@ -57,6 +60,7 @@ _HOMES = {
     "attention_shares": "shares",
     "Site": "sites",
     "sites": "sites",
+    "Storage": "storage",
     "PrefixTrainingArguments": "train.arguments",
     "PrefixTrainer": "train.trainer",
     "Growth": "train.growth",
@@ -108,6 +112,7 @@ __all__ = [
     "RollBack",
     "Site",
     "Stage",
+    "Storage",
     "TaskMixture",
     "Tuning",
     "UnsupportedModelError",
@@ -115,6 +120,7 @@ __all__ = [
     "attention_path",
     "attention_shares",
     "boundary",
+    "compress",
     "load_model",
     "sites",
 ]

@@ -39,14 +39,19 @@ def attention_shares(model: PreTrainedModel, **inputs: Any) -> dict[str, Tensor]
 
 
 @contextmanager
-def measured_shares(model: PreTrainedModel) -> Iterator[Mapping[str, Tensor]]:
-    """Inside the block, every pass of the model fills the mapping with its shares, by site name."""
+def measured_shares(model: PreTrainedModel, *, by_token: bool = False) -> Iterator[Mapping[str, Tensor]]:
+    """Inside the block, every pass of the model fills the mapping with its shares, by site name.
+
+    Args:
+        by_token: each virtual token's share apart, ``(B, H, S, P)``; behind a zero-initialised gate, the weight that
+            its value comes in with.
+    """
     found: dict[str, Tensor] = {}
     slots = {m: slot for m in model.modules() if isinstance(slot := m.__dict__.get(_interface.SLOT), SiteSlot)}
     if not slots:
         raise AttachError("no prefix stands on this model, so none has a share of its attention; attach one first")
     for module, slot in slots.items():
-        module.__dict__[_interface.SLOT] = _Measuring(slot, found)
+        module.__dict__[_interface.SLOT] = _Measuring(slot, found, by_token)
     try:
         yield found
     finally:
@@ -60,6 +65,7 @@ class _Measuring:
 
     slot: SiteSlot
     found: dict[str, Tensor]
+    by_token: bool
 
     def __call__(
         self, delegate: _interface.Delegate, delegate_name: str, module: nn.Module, query: Tensor, key: Tensor,
@@ -72,14 +78,21 @@ class _Measuring:
             with torch.no_grad():
                 here = prefix.for_batch(query, seen)
                 causal = delegate_name != "eager" and is_causal(module, query, attention_mask, kwargs)
-                self.found[name] = _share(here, query, key, attention_mask, causal, kwargs).float().cpu()
+                share = _share(here, query, key, attention_mask, causal, kwargs, self.by_token)
+                self.found[name] = share.float().cpu()
         return self.slot(delegate, delegate_name, module, query, key, value, attention_mask, **kwargs)
 
 
 def _share(
-    prefix: BatchPrefix, query: Tensor, key: Tensor, mask: Any, causal: bool, kwargs: Mapping[str, Any]
+    prefix: BatchPrefix,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    causal: bool,
+    kwargs: Mapping[str, Any],
+    by_token: bool,
 ) -> Tensor:
-    """``exp(l2 - logaddexp(l1, l2))``: ``(B, H, S)``."""
+    """``exp(l2 - logaddexp(l1, l2))``, ``(B, H, S)``; of each token with score s ``exp(s - ...)``, ``(B, H, S, P)``."""
     query, key = query.float(), key.float()
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     before = _scores(query, prefix.keys.float(), scale, kwargs)
@@ -103,12 +116,16 @@ def _share(
     if (sinks := kwargs.get("s_aux")) is not None:  # learned logits that take attention and give nothing
         other = torch.logaddexp(other, sinks.float().view(1, -1, 1).expand_as(other))
     own = before.logsumexp(-1)
-    share = torch.exp(own - torch.logaddexp(own, other)).nan_to_num(0.0)
+    joint = torch.logaddexp(own, other)
+    share = torch.exp(before - joint[..., None] if by_token else own - joint).nan_to_num(0.0)
     if prefix.gate is None:
         return share
     # Rows whose softmax stands apart: all that have a token, or, in a mixed batch, those that a bias keeps out.
     apart = own > -torch.inf if prefix.bias is None else (own == -torch.inf) & (prefix.gate.squeeze(-1) != 0)
-    return share.masked_fill(apart, torch.nan)
+    if not by_token:
+        return share.masked_fill(apart, torch.nan)
+    weights = torch.softmax(before, -1).nan_to_num(0.0) * prefix.gate.abs()
+    return torch.where(apart[..., None], weights, share)
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, kwargs: Mapping[str, Any]) -> Tensor:

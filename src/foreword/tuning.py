@@ -255,7 +255,7 @@ class Tuning:
                 keys if keys.dim() == 4 else keys.unsqueeze(0),
                 values if values.dim() == 4 else values.unsqueeze(0),
                 rows,
-                self.encoder.log_weights(keys),
+                self.holder.log_weights(i, keys),
                 bias=self.bias_at(i, self._strength),
                 gate=self.gate_at(i, self._strength),
                 reading=self.reading_at(i),
@@ -381,8 +381,9 @@ class Tuning:
         device = device_of(place if first is not None else self.model)
         if device.type == "meta":  # by a hook further out
             device = device_of(self.model)
-        own = [self.holder.encoder, self.holder.bias, self.holder.gate, self.holder.reading]
-        for module in [*own, *([self.holder.memory] if self.holder.memory is not None else [])]:
+        holder = self.holder
+        own = [holder.encoder, holder.bias, holder.gate, holder.reading, holder.token_weights]
+        for module in [*own, *([holder.memory] if holder.memory is not None else [])]:
             module.to(device)
         if not trainable and first is not None and first.is_floating_point():
             self.encoder.to(first.dtype)

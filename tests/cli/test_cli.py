@@ -49,15 +49,14 @@ def trained(folder, data, tmp_path_factory):
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["", "train", "tune", "generate", "inspect", "interference", "demo", "doctor"])
+COMMANDS = ("train", "tune", "compress", "generate", "inspect", "interference", "demo", "doctor")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_says_what_there_is(command):
     result = CliRunner().invoke(cli.app, [command, "--help"] if command else ["--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    wanted = (
-        ("train", "tune", "generate", "inspect", "interference", "demo", "doctor")
-        if not command
-        else ("--help", "Usage")
-    )
+    wanted = COMMANDS if not command else ("--help", "Usage")
     assert all(w in result.stdout for w in wanted)
 
 

@@ -176,8 +176,6 @@ def _view(choice: _Choice, site: str) -> SitePrefix | None:
     like = present[0]
     keys = _stack([_padded(p.keys[site] if p else None, longest, like.keys[site]) for p in here])
     values = _stack([_padded(p.values[site] if p else None, longest, like.values[site]) for p in here])
-    lengths = torch.tensor([p.length(site) if p else 0 for p in here], device=keys.device)
-    visible = torch.arange(longest, device=keys.device) < lengths[:, None]
     rows = torch.tensor(choice.rows, device=keys.device) if choice.rows is not None else None
     heads, dim, out = _shape(site, present)
     gates = [p.gates.get(site) if p else None for p in here]
@@ -187,7 +185,7 @@ def _view(choice: _Choice, site: str) -> SitePrefix | None:
         keys,
         values,
         rows,
-        None if bool(visible.all()) else visible,
+        _visible(here, site, longest, keys.device),
         bias=_stacked([p.bias.get(site) if p else None for p in here], (heads,), keys),
         gate=_stacked(gates, (heads,), keys),
         reading=_stacked([p.readings.get(site) if p else None for p in here], (heads, dim + 1), keys),
@@ -195,6 +193,19 @@ def _view(choice: _Choice, site: str) -> SitePrefix | None:
         memory=_memory(site, here, (heads, dim, out), keys),
         gated=gated if bool(gated.any()) and not bool(gated.all()) else None,
     )
+
+
+def _visible(here: Sequence[Prefix | None], site: str, longest: int, device: torch.device) -> Tensor | None:
+    """``(T, longest)``: which tokens are a task's own, or how they count where some are weighed; None: all alike."""
+    lengths = torch.tensor([p.length(site) if p else 0 for p in here], device=device)
+    own = torch.arange(longest, device=device) < lengths[:, None]
+    if not any(p and site in p.log_weights for p in here):
+        return None if bool(own.all()) else own
+    numbers = torch.zeros(own.shape, device=device).masked_fill_(~own, -torch.inf)
+    for row, prefix in zip(numbers, here, strict=True):
+        if prefix and site in prefix.log_weights:
+            row[: prefix.length(site)] = prefix.log_weights[site].float()
+    return numbers
 
 
 def _shape(site: str, present: Sequence[Prefix]) -> tuple[int, int, int]:
