@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -144,16 +143,6 @@ class Runner:
         shift = 0 if self.collator.seq2seq else 1
         rows = (self.valid[i]["labels"][shift:] for i in range(len(self.valid)))
         return [sum(label != -100 for label in labels) for labels in rows]
-
-    @contextmanager
-    def mode_kept(self) -> Iterator[None]:
-        """Inside the block the model may be put into training mode; it gets its own back."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _trainer(self, folder: Path, steps: int, callbacks: list[TrainerCallback]) -> PrefixTrainer:
         fixed: dict[str, Any] = {

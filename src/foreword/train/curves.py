@@ -62,6 +62,23 @@ def draw_growth(report: Mapping[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
+def draw_meta(history: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the losses before and after adapting over meta-steps (``MetaResult.history``)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, label in (("before", "at the start"), ("after", "after adapting")):
+        axes.plot([e["step"] for e in history], [e[name] for e in history], label=label)
+    axes.set_xlabel("meta-step")
+    axes.set_ylabel("loss on training tasks (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
 def draw_monitor(looks: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draw gradient norms (log scale) and shares of attention over steps and sites (the lines of ``Monitor``)."""
     import numpy as np
