@@ -53,7 +53,8 @@ def test_ctrl_c_keeps_the_state_and_the_run_goes_on(tmp_path):
     def command(out, *more):
         tasks = [t for name in "ab" for t in ("--task", f"{name}={tmp_path / name}.jsonl")]
         given = ["meta", "--model", tmp_path / "model", *tasks, "--out", out, "--length", 4, "--init", "random",
-                 "--inner-steps", 2, "--batch-size", 2, "--meta-steps", 60, "--save-every", 1000, "--json", *more]  # fmt: skip
+                 "--inner-steps", 2, "--batch-size", 2, "--meta-steps", 60, "--save-every", 1000, "--json",
+                 *more]  # fmt: skip
         return list(map(str, given))
 
     out = tmp_path / "stopped"

@@ -97,7 +97,7 @@ class MetaStep:
         loss: Tensor = self.tuning.model(**batch).loss
         if not math.isfinite(value := float(loss.detach())):
             raise NotFiniteError(f"the loss is {value} at {where} on the task {self.names[task]!r}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf))
         if not math.isfinite(norm):
             raise NotFiniteError(f"the gradient's norm is {norm} at {where} on the task {self.names[task]!r}")

@@ -91,7 +91,8 @@ def meta_train(
     _check_tasks(what, tasks, plan)
     check_out(out, resume)
     settings = _settings(model, what, tasks, plan)
-    record = read_record(out) if resume else {"settings": settings, "step": 0, "history": []}
+    new: dict[str, Any] = {"settings": settings, "step": 0, "history": []}
+    record = read_record(out) if resume else new
     check_same(out, record["settings"], settings)
     with mode_kept(model):
         tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
