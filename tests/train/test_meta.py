@@ -18,7 +18,6 @@ from foreword.train.run import train_prefix
 
 CONFIG = fw.PrefixConfig(length=4, init="random")
 PLAN = {"meta_steps": 4, "inner_steps": 2, "tasks_per_step": 2, "batch_size": 3, "save_every": 2}
-TEXT = fw.PrefixConfig(length=4, init=zoo.SENTENCES[0])
 METHODS = {
     "mlp": fw.PrefixConfig(length=3, init="random", reparam="mlp", hidden=8, dropout=0.1),
     "mlp from text": fw.PrefixConfig(length=3, init=zoo.SENTENCES[0], reparam="mlp", hidden=8),
@@ -29,6 +28,7 @@ METHODS = {
     "lora": fw.LoRAConfig(rank=2),
     "adapter": fw.AdapterConfig(width=4),
     "bitfit": fw.BitFitConfig(missing="add"),
+    "full": fw.FullConfig(learning_rate=1e-2),
     "prefix and memory": [CONFIG, fw.MemoryConfig(rank=2)],
 }
 
@@ -85,6 +85,17 @@ def test_an_encoder_decoder(tmp_path):
     model = zoo.build("t5")
     result = run(tmp_path, model=model, algorithm="fomaml")
     assert {s.kind for s in result.prefix.sites} == {"self", "cross", "encoder"} and result.steps == 4
+
+
+def test_a_prefix_made_of_a_condition(tmp_path):
+    """Each example brings its vector; what is learned is still made of one."""
+    vectors = torch.randn(12, 3).tolist()
+    tasks = {name: data.with_column("condition", vectors) for name, data in family().items()}
+    what = fw.PrefixConfig(length=3, init="random", reparam="mlp", hidden=8, condition=3)
+    prefix = run(tmp_path, what, tasks).prefix
+    assert prefix.given(vectors[0]) != prefix.given(vectors[1])
+    named = {name: data.with_column("task", [name] * 12) for name, data in family().items()}
+    assert run(tmp_path / "named", tasks=named).steps == 4  # a column that says what the mapping says
 
 
 def adapted(model, what, data, valid, steps, rate=2e-2):
