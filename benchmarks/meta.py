@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import tempfile
 import warnings
 from collections import defaultdict
@@ -31,7 +32,7 @@ from _measure import keep
 TEXT = "A customer of a bank has written a message. Say in a few words what it is about:"
 LENGTH = 16
 BUDGETS = (1, 5, 20, 100)
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (1e-2, 3e-2, 1e-1)
 STARTS = ("random", "text", "joint", "reptile", "fomaml")
 Rows = list[dict[str, str]]
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=3, help="tasks a meta-step")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--letters", type=int, default=50, help="messages may be so long")
-    parser.add_argument("--long", type=int, default=2, help="test tasks that are trained for 100 steps")
+    parser.add_argument("--long", type=int, default=1, help="test tasks that are trained for 100 steps")
     options = parser.parse_args()
 
     import foreword as fw
@@ -84,7 +85,7 @@ def main() -> None:
     }  # fmt: skip
     if options.unlike:
         rows = unlike(Path(options.unlike))
-        record["unlike"] = {s: bench.adapt(s, rows, 1e-2, 20, 0) for s in ("text", "joint", "reptile", "fomaml")}
+        record["unlike"] = {s: bench.adapt(s, rows, 3e-2, 5, 0) for s in ("text", "joint", "reptile")}
         for start, looks in record["unlike"].items():
             print(f"unlike   {start:8} {' '.join(said(look) for look in looks.values())}", flush=True)
     print("written:", keep("meta", record))
@@ -164,12 +165,16 @@ class Bench:
             if result.interrupted:
                 raise KeyboardInterrupt
         if not (self.work / "joint" / "foreword.json").exists():
+            shutil.rmtree(self.work / "joint.part", ignore_errors=True)  # one that was broken off begins anew
             seen = o.meta_steps * o.tasks * o.inner * o.batch
             arguments = {
                 "max_steps": seen // (2 * o.batch), "per_device_train_batch_size": 2 * o.batch, "use_cpu": True,
                 "save_strategy": "no", "report_to": "none", "seed": 0,
             }  # fmt: skip
-            train_prefix(self.model, self.tokenizer, text, Mixture(tasks), self.work / "joint", arguments)
+            joint = train_prefix(self.model, self.tokenizer, text, Mixture(tasks), self.work / "joint.part", arguments)
+            if joint.interrupted:
+                raise KeyboardInterrupt
+            (self.work / "joint.part").rename(self.work / "joint")
 
     def attached(self, start: str, seed: int):
         import foreword as fw
