@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from foreword.storage import Storage
     from foreword.train.arguments import PrefixTrainingArguments
     from foreword.train.growth import Growth
+    from foreword.train.meta import MetaResult, meta_train
+    from foreword.train.meta_config import MetaConfig
     from foreword.train.monitor import Monitor
     from foreword.train.rollback import RollBack
     from foreword.train.stages import LayerByLayer, Stage
@@ -64,6 +66,9 @@ _HOMES = {
     "PrefixTrainingArguments": "train.arguments",
     "PrefixTrainer": "train.trainer",
     "Growth": "train.growth",
+    "MetaConfig": "train.meta_config",
+    "MetaResult": "train.meta",
+    "meta_train": "train.meta",
     "Monitor": "train.monitor",
     "RollBack": "train.rollback",
     "LayerByLayer": "train.stages",
@@ -100,6 +105,8 @@ __all__ = [
     "Library",
     "LoRAConfig",
     "MemoryConfig",
+    "MetaConfig",
+    "MetaResult",
     "MismatchError",
     "MissingPartError",
     "Monitor",
@@ -122,6 +129,7 @@ __all__ = [
     "boundary",
     "compress",
     "load_model",
+    "meta_train",
     "sites",
 ]
 

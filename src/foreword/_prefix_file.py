@@ -128,6 +128,11 @@ def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, description
 
 
+def checksum(prefix: Prefix) -> str:
+    """Of all numbers in it, by name."""
+    return str(_describe(prefix)[1]["checksum"])
+
+
 def load(folder: Path) -> Prefix:
     """Read and check a prefix folder."""
     description = _read_description(folder)

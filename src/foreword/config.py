@@ -24,10 +24,10 @@ _CHOICES = {
 }
 
 
-def check_learning_rate(value: float | None) -> None:
+def check_learning_rate(value: float | None, name: str = "learning_rate") -> None:
     """Raise ConfigError unless it is None or a positive number."""
     if value is not None and not 0 < value < float("inf"):
-        raise ConfigError(f"learning_rate={value}; expected a positive number, or None for the usual one")
+        raise ConfigError(f"{name}={value}; expected a positive number, or None for the usual one")
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
 
 from foreword.cli._data import Source
+from foreword.cli._methods import Gate, Method, Reparam, configs
 from foreword.cli._shared import print_json, quiet
 from foreword.cli._tasks import TaskSources, unique
 from foreword.errors import ConfigError
@@ -21,32 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from foreword.data import EncodedDataset, TaskMixture
+    from foreword.methods import Config
     from foreword.train.run import RunResult
 
 _PREFIX, _DATA, _RUN, _PLAN, _TASKS = "Prefix", "Data", "Run", "Strategy", "Several tasks"
-
-
-class Reparam(StrEnum):
-    direct = "direct"
-    mlp = "mlp"
-    low_rank = "low-rank"
-
-
-class Gate(StrEnum):
-    none = "none"
-    head = "head"
-    input = "input"
-    zero = "zero"
-
-
-class Method(StrEnum):
-    prefix = "prefix"
-    memory = "memory"
-    prompt = "prompt"
-    lora = "lora"
-    adapter = "adapter"
-    bitfit = "bitfit"
-    full = "full"
 
 
 def run(
@@ -142,38 +120,24 @@ def run(
     quiet()
     from rich.console import Console
 
-    from foreword import methods
-    from foreword.config import PrefixConfig
     from foreword.models import load_model
     from foreword.prefix import Prefix
     from foreword.train.run import memory_of_run, train_prefix
 
     console = Console(stderr=True)
-    what: Prefix | list[methods.Config]
+    what: Prefix | list[Config]
     if start is not None:
         what = Prefix.load(start)
     else:
-        where_to: dict[str, Any] = {"sites": sites, "kinds": tuple(k.strip() for k in kinds.split(","))}
-        several: dict[str, Any] = {"init": init}
+        several: dict[str, Any] = {}
         if tasks is not None:
             several = {"init": _starts(tasks, init, task_init or []), "tasks": tuple(tasks.sources), "common": common}
-        makers: dict[Method, Callable[[], methods.Config]] = {
-            Method.prefix: lambda: PrefixConfig(
-                length=length, repeat=repeat, reparam=reparam.value, depth=depth, hidden=hidden, rank=rank,
-                dropout=dropout, freeze_first=freeze_first, gate=cast("Any", None if gate is Gate.none else gate.value),
-                visible=visible, position_offset=position_offset, seed=seed, per_kind=per_kind, orthogonal=orthogonal,
-                share="layers" if share_layers else "keys" if share_keys else None, **several, **where_to,
-            ),
-            Method.memory: lambda: methods.MemoryConfig(rank=memory_rank, seed=seed, **where_to),
-            Method.prompt: lambda: methods.PromptConfig(
-                length=length, init=init, repeat=repeat, visible=visible, position_offset=position_offset, seed=seed
-            ),
-            Method.lora: lambda: methods.LoRAConfig(rank=rank, seed=seed),
-            Method.adapter: lambda: methods.AdapterConfig(width=width, seed=seed),
-            Method.bitfit: lambda: methods.BitFitConfig(missing="add"),
-            Method.full: lambda: methods.FullConfig(),
-        }  # fmt: skip
-        what = [makers[m]() for m in method or [Method.prefix]]
+        what = configs(
+            method or [Method.prefix], length=length, init=init, repeat=repeat, reparam=reparam, depth=depth, hidden=hidden,
+            rank=rank, memory_rank=memory_rank, width=width, sites=sites, kinds=kinds, visible=visible, gate=gate, seed=seed,
+            position_offset=position_offset, dropout=dropout, freeze_first=freeze_first, per_kind=per_kind,
+            orthogonal=orthogonal, share="layers" if share_layers else "keys" if share_keys else None, several=several,
+        )  # fmt: skip
     load = partial(load_model, model, dtype=dtype, attn=attn, quantize=quantize, offload=offload)
     train_set: EncodedDataset | TaskMixture
     valid_set: EncodedDataset | TaskMixture | None

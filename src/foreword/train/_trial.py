@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,16 +130,6 @@ class Runner:
     def valid_tokens(self) -> list[int]:
         """Of each validation example, on how many tokens there is a loss."""
         return supervised_tokens(self.valid, seq2seq=self.collator.seq2seq)
-
-    @contextmanager
-    def mode_kept(self) -> Iterator[None]:
-        """Inside the block the model may be put into training mode; it gets its own back."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _trainer(self, folder: Path, steps: int, callbacks: list[TrainerCallback]) -> PrefixTrainer:
         fixed: dict[str, Any] = {

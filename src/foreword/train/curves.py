@@ -61,6 +61,19 @@ def draw_growth(report: Mapping[str, Any], path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def draw_meta(history: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the losses before and after adapting over meta-steps (``MetaResult.history``)."""
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for name, label in (("before", "at the start"), ("after", "after adapting")):
+        axes.plot([e["step"] for e in history], [e[name] for e in history], label=label)
+    axes.set_xlabel("meta-step")
+    axes.set_ylabel("loss on training tasks (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save_figure(figure, path)
+
+
 def draw_monitor(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
     """Draw gradient norms (log scale) and shares of attention over steps and sites, run by run on common scales.
 

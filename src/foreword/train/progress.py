@@ -103,6 +103,27 @@ class SearchProgress:
         self.bar.update(self._trial, completed=done, **said)  # type: ignore[arg-type]
 
 
+class MetaProgress:
+    """One bar for a meta-training, with the losses before and after adapting."""
+
+    def __init__(self, label: str, console: Console, total: int, done: int) -> None:
+        name, said = TextColumn("{task.description}"), TextColumn("loss {task.fields[said]}")
+        columns = (name, BarColumn(), MofNCompleteColumn(), said, TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console)
+        self._task = self.bar.add_task(label, total=total, completed=done, said="…")
+
+    def __enter__(self) -> MetaProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def step(self, done: int, before: float, after: float) -> None:
+        """A meta-step is done."""
+        self.bar.update(self._task, completed=done, said=f"{before:.3f} → {after:.3f}")
+
+
 class StopOnSignal(TrainerCallback):
     """The first Ctrl-C saves a checkpoint after the step and stops; the second stops at once."""
 

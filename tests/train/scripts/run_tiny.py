@@ -83,7 +83,7 @@ def train(out, pipe, name):
     tuning.save(out / "final")
 
 
-def run(out, kill_at, wait, name):
+def run(out, kill_at, wait, name, train):
     """Train in a child; kill it some time after a step. Returns its exit status as waitpid gives it."""
     read, write = os.pipe()
     child = os.fork()
@@ -107,9 +107,14 @@ def run(out, kill_at, wait, name):
     return os.waitpid(child, 0)[1]
 
 
-if __name__ == "__main__":
-    folder, chance = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
+def killed_again_and_again(train):
+    """What a script of these does: `SCRIPT OUT SEED NAME`."""
+    folder, chance, name = Path(sys.argv[1]), random.Random(int(sys.argv[2])), sys.argv[3]
     for at in (1, 3, 5, 7, 9, 11):
         moment = chance.uniform(0, 0.08)
-        print(at, round(moment, 4), os.WTERMSIG(run(folder, at, moment, sys.argv[3])), flush=True)
-    sys.exit(os.waitstatus_to_exitcode(run(folder, None, 0, sys.argv[3])))
+        print(at, round(moment, 4), os.WTERMSIG(run(folder, at, moment, name, train)), flush=True)
+    sys.exit(os.waitstatus_to_exitcode(run(folder, None, 0, name, train)))
+
+
+if __name__ == "__main__":
+    killed_again_and_again(train)
