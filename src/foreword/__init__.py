@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from foreword.shares import attention_shares
     from foreword.sites import Site, sites
     from foreword.train.arguments import PrefixTrainingArguments
+    from foreword.train.distill import distill
     from foreword.train.growth import Growth
     from foreword.train.monitor import Monitor
     from foreword.train.rollback import RollBack
@@ -57,6 +58,7 @@ _HOMES = {
     "sites": "sites",
     "PrefixTrainingArguments": "train.arguments",
     "PrefixTrainer": "train.trainer",
+    "distill": "train.distill",
     "Growth": "train.growth",
     "Monitor": "train.monitor",
     "RollBack": "train.rollback",
@@ -112,6 +114,7 @@ __all__ = [
     "attention_path",
     "attention_shares",
     "boundary",
+    "distill",
     "load_model",
     "sites",
 ]

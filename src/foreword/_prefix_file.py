@@ -219,6 +219,11 @@ def _rotations(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[
     return {e["name"]: groups[e["rotation"]] for e in description["sites"] if e["rotation"] is not None}
 
 
+def checksum_of(prefix: Prefix) -> str:
+    """The checksum that a prefix has in its file."""
+    return _checksum(_describe(prefix)[0])
+
+
 def _checksum(tensors: dict[str, Tensor]) -> str:
     import hashlib
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from foreword.cli import demo, doctor, generate, inspect, train, tune
+from foreword.cli import demo, distill, doctor, generate, inspect, train, tune
 from foreword.errors import ForewordError
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (train, tune, generate, inspect, demo, doctor):
+for command in (train, tune, distill, generate, inspect, demo, doctor):
     app.command(name=command.__name__.rsplit(".", 1)[1])(command.run)
 
 

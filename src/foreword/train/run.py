@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,6 +56,8 @@ def train_prefix(
     label: str = "training",
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    trainer: Callable[..., PrefixTrainer] = PrefixTrainer,
+    collator: Collator | None = None,
 ) -> RunResult:
     """Train a prefix and save it into ``out``; the model is detached again at the end.
 
@@ -64,14 +66,16 @@ def train_prefix(
         arguments: fields of :class:`PrefixTrainingArguments`.
         resume: go on from the last whole checkpoint in ``out``.
         callbacks: strategies (``Growth``, ``LayerByLayer``, ``RollBack``, ``Monitor``), or any of transformers'.
+        trainer: makes the trainer, for a loss of its own.
+        collator: makes its batches; None: padded ids and labels.
 
     Raises:
         ConfigError: ``out`` holds a run already and ``resume`` was not asked for, or the reverse.
         DivergedError: the loss or gradient left the finite; the last good prefix is in ``out/last-good``.
     """
     console = console or Console(stderr=True)
-    _check_out(out, resume)
-    args = _arguments(out, arguments, valid is not None)
+    check_out(out, resume)
+    args = run_arguments(out, arguments, valid is not None)
     set_seed(args.seed)
     if any(getattr(c, "tasks", ()) for c in (what if isinstance(what, Sequence) else [what])):
         raise ConfigError(
@@ -80,26 +84,30 @@ def train_prefix(
     tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
     progress, stop = RichProgress(label, console), StopOnSignal(console)
     try:
-        trainer = _trainer(model, tokenizer, args, dataset, valid, [progress, stop, *callbacks])
+        collate = collator or _collator(model, tokenizer)
+        made = trainer(
+            model, args, train_dataset=dataset, eval_dataset=valid, data_collator=collate,
+            callbacks=[progress, stop, *callbacks],
+        )  # fmt: skip
         for noisy in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(noisy)
+            made.remove_callback(noisy)
         with stop:
-            sharded = trainer.is_distributed_loading_by_transformers or trainer.is_deepspeed_enabled
-            if trainer.args.should_save and not sharded:  # one process alone can't run a step of a sharded model
-                console.print(f"memory: {estimate_memory(trainer).describe()}", highlight=False)
-            trainer.train(resume_from_checkpoint=resume or None)
-        done = trainer.state.global_step
-        evaluated = any("eval_loss" in e and e.get("step") == done for e in trainer.state.log_history)
+            sharded = made.is_distributed_loading_by_transformers or made.is_deepspeed_enabled
+            if made.args.should_save and not sharded:  # one process alone can't run a step of a sharded model
+                console.print(f"memory: {estimate_memory(made).describe()}", highlight=False)
+            made.train(resume_from_checkpoint=resume or None)
+        done = made.state.global_step
+        evaluated = any("eval_loss" in e and e.get("step") == done for e in made.state.log_history)
         if valid is not None and not stop.asked and not evaluated:
-            trainer.evaluate()
+            made.evaluate()
         progress.close()
-        history = list(trainer.state.log_history)
-        tuning.metadata["training"] = trainer._record()
+        history = list(made.state.log_history)
+        tuning.metadata["training"] = made._record()
         tuning.metadata["metrics"] = _metrics(history)
         prefix = tuning.bake()
-        if trainer.args.should_save:
+        if made.args.should_save:
             prefix.save(out)
-        return RunResult(prefix, history, trainer.state.global_step, stop.asked, tuning.num_parameters)
+        return RunResult(prefix, history, made.state.global_step, stop.asked, tuning.num_parameters)
     finally:
         progress.close()
         if tuning.attached:
@@ -117,27 +125,19 @@ def memory_of_run(
     tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
     try:
         with TemporaryDirectory() as out:
-            args = _arguments(Path(out), {**arguments, "report_to": "none"}, False)
-            return estimate_memory(_trainer(model, tokenizer, args, dataset, None, []))
+            args = run_arguments(Path(out), {**arguments, "report_to": "none"}, False)
+            collator = _collator(model, tokenizer)
+            return estimate_memory(PrefixTrainer(model, args, train_dataset=dataset, data_collator=collator))
     finally:
         tuning.detach()
 
 
-def _trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: PrefixTrainingArguments,
-    dataset: EncodedDataset,
-    valid: EncodedDataset | None,
-    callbacks: list[TrainerCallback],
-) -> PrefixTrainer:
-    collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
-    return PrefixTrainer(
-        model, args, train_dataset=dataset, eval_dataset=valid, data_collator=collator, callbacks=callbacks
-    )
+def _collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+    return Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
 
 
-def _check_out(out: Path, resume: bool) -> None:
+def check_out(out: Path, resume: bool) -> None:
+    """Raise ConfigError unless a run can be begun in the folder, or gone on with."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give the name of a folder for the prefix")
     if (out / "README.md").exists() and not (out / "foreword.json").exists():
@@ -153,7 +153,8 @@ def _check_out(out: Path, resume: bool) -> None:
         raise ConfigError(f"{out} holds an unfinished run ({begun[0].name}); pass --resume to go on, or another --out")
 
 
-def _arguments(out: Path, arguments: dict[str, Any], evaluates: bool) -> PrefixTrainingArguments:
+def run_arguments(out: Path, arguments: dict[str, Any], evaluates: bool) -> PrefixTrainingArguments:
+    """Those of a run in a folder: ours where none are given."""
     defaults: dict[str, Any] = {
         "output_dir": str(out),
         "disable_tqdm": True,

@@ -1,0 +1,180 @@
+"""A document as a prefix: how likely are the answers to held-out questions, with what before them?
+
+The Apache licence (this project's LICENSE, about 2,500 tokens) is distilled into SmolLM2-135M on questions that the model
+makes itself and on passages of the text. Judged by the 32 questions and answers of distill_questions.jsonl, which were
+written by hand: the negative log-likelihood of the answers, in nats a token, with nothing before the question, with the first tokens of the
+licence, with the cartridge of the same size, and with all of the licence. One seed.
+
+    python benchmarks/distill.py [--steps 120] [--lengths 64 256] [--work DIR] [--only main data objective]
+
+Another text: --document FILE --held-out FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from _measure import RESULTS, keep
+
+ROOT = Path(__file__).parents[1]
+IMAGE = ROOT / "docs" / "images" / "distill.png"
+HELD_OUT = Path(__file__).with_name("distill_questions.jsonl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--document", type=Path, default=ROOT / "LICENSE")
+    parser.add_argument("--held-out", type=Path, default=HELD_OUT, help="JSONL of question and answer")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[64, 256])
+    parser.add_argument("--count", type=int, default=128, help="questions that the model makes")
+    parser.add_argument("--passages", type=int, default=128)
+    parser.add_argument("--work", type=Path, help="a folder for the runs, to go on with after an interruption")
+    parser.add_argument("--only", nargs="*", help="some of: contexts, lengths, data, objective")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        Bench(options, options.work or Path(folder)).run()
+
+
+class Bench:
+    """The document, its questions, and what has been measured."""
+
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        import foreword as fw
+
+        self.options, self.work = options, work
+        self.model, self.tokenizer = fw.load_model("demo")
+        self.text = options.document.read_text(encoding="utf-8")
+        lines = options.held_out.read_text(encoding="utf-8").splitlines()
+        self.held_out = [(r["question"], r["answer"]) for r in map(json.loads, lines)]
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> None:
+        """All of it; what is done is kept in ``work``."""
+        from foreword import Prefix
+
+        only = self.options.only or ["contexts", "lengths", "data", "objective"]
+        longest = max(self.options.lengths)
+        if "contexts" in only:
+            self.judge("nothing", None)
+            for length in self.options.lengths:
+                self.judge(f"first {length} tokens", Prefix.from_text(self.model, self.tokenizer, self.text, length=length))
+            self.judge("all of the text", Prefix.from_text(self.model, self.tokenizer, self.text))
+        if "lengths" in only:
+            for length in self.options.lengths:
+                self.distilled(f"cartridge of {length}", length, ("questions", "passages"))
+        if "data" in only:
+            for kind in ("questions", "passages"):
+                self.distilled(f"{kind} only, cartridge of {longest}", longest, (kind,))
+        if "objective" in only:
+            self.distilled(f"next token instead, {longest}", longest, ("questions", "passages"), teacher=False)
+        self.report()
+
+    def judge(self, name: str, prefix: Any, **more: Any) -> None:
+        """The held-out answers with a prefix before their questions."""
+        import foreword as fw
+        from foreword.evaluate.perplexity import text_nll
+        from foreword.train.self_study import asked
+
+        tuning = fw.attach(self.model, prefix) if prefix is not None else None
+        began = time.perf_counter()
+        try:
+            prompts = [asked(self.tokenizer, q) for q, _ in self.held_out]
+            nlls = text_nll(self.model, self.tokenizer, [a for _, a in self.held_out], prompts=prompts)
+        finally:
+            if tuning is not None:
+                tuning.detach()
+        self.rows[name] = {
+            "nll": statistics.mean(nlls), "each": nlls, "tokens": prefix.longest if prefix is not None else 0,
+            "bytes": prefix.nbytes if prefix is not None else 0, "seconds": time.perf_counter() - began, **more,
+        }  # fmt: skip
+        print(f"{name:40} {self.rows[name]['nll']:.3f}  {self.rows[name]['bytes']:,} bytes", flush=True)
+
+    def examples(self, kinds: tuple[str, ...]) -> Any:
+        """Questions of the model's own and passages, encoded."""
+        from foreword.data import encode
+        from foreword.train.self_study import examples_of, passages, self_study
+
+        path, rows = self.work / "questions.jsonl", []
+        if "questions" in kinds:
+            rows += self_study(
+                self.model, self.tokenizer, self.text, path, self.options.count, resume=path.exists()
+            )  # fmt: skip
+        if "passages" in kinds:
+            rows += passages(self.text, self.options.passages)
+        return encode(examples_of(rows, self.tokenizer), self.tokenizer, max_length=128)
+
+    def distilled(self, name: str, length: int, kinds: tuple[str, ...], *, teacher: bool = True) -> None:
+        """A run, from the text's first tokens, and what the answers come to with it."""
+        import foreword as fw
+        from foreword.train.distill import begun
+        from foreword.train.run import train_prefix
+
+        out = self.work / name.replace(",", "").replace(" ", "-")
+        config = fw.PrefixConfig(length=length, init=self.text, freeze_first=True)
+        arguments = {
+            "max_steps": self.options.steps, "per_device_train_batch_size": self.options.batch, "seed": 0, "use_cpu": True,
+            "report_to": "none", "save_steps": 20, "logging_steps": 10,
+        }  # fmt: skip
+        dataset, began = self.examples(kinds), time.perf_counter()
+        if (out / "foreword.json").exists():
+            prefix, history = fw.Prefix.load(out), None
+        else:
+            resume = begun(out)
+            common = (config, dataset, out, arguments)
+            result = (
+                fw.distill(self.model, self.tokenizer, self.text, *common, resume=resume)
+                if teacher
+                else train_prefix(self.model, self.tokenizer, *common)
+            )
+            prefix, history = result.prefix, [(e["step"], e["loss"]) for e in result.history if "loss" in e]
+        self.judge(name, prefix, examples=len(dataset), history=history, trained_seconds=time.perf_counter() - began)
+
+    def report(self) -> None:
+        """The results' file and picture."""
+        kept = {k: v for k, v in vars(self.options).items() if k in ("steps", "batch", "lengths", "count", "passages")}
+        name = "distill" if self.options.document == ROOT / "LICENSE" else "distill_other"
+        path = RESULTS / f"{name}.json"
+        known = json.loads(path.read_text())["rows"] if self.options.only and path.exists() else {}
+        rows = {**known, **self.rows}
+        print("written:", keep(name, {"options": kept, "questions": len(self.held_out), "rows": rows}))
+        if name == "distill":
+            print("written:", draw(rows))
+
+
+def draw(rows: dict[str, dict[str, Any]]) -> Path:
+    """Negative log-likelihood of the answers over bytes of keys and values."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for start, label, colour in (("first", "the text's first tokens", "C0"), ("cartridge", "cartridge", "C2")):
+        own = sorted((r["tokens"], r["nll"]) for n, r in rows.items() if n.startswith(start))
+        axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=label)
+        for tokens, nll in own:
+            axes.annotate(f"{nll:.2f}", (tokens, nll), textcoords="offset points", xytext=(6, 5))
+    for name, style in (("nothing", ":"), ("all of the text", "--")):
+        row = rows[name]
+        axes.axhline(row["nll"], linestyle=style, color="0.3")
+        axes.annotate(f"{name}: {row['nll']:.2f}", (1, row["nll"]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("virtual tokens before the question")
+    axes.set_ylabel("held-out answers: nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    IMAGE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGE, dpi=120)
+    return IMAGE
+
+
+if __name__ == "__main__":
+    main()

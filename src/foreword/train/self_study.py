@@ -1,0 +1,366 @@
+"""Questions about a text, and answers to them, made with the model itself: what a cartridge is trained on.
+
+As in the self-study of Eyuboglu et al. 2025 (arXiv 2506.06266, section 4): the model reads a chunk of the text and is
+asked for a question of one of five kinds; then it answers with the same chunk before it. Small models write few
+questions of use, so there are *passages* as well: pieces of the text to be continued, which need no writing.
+
+What is made is written down batch by batch, in a file that is whole at any moment. Each batch has random numbers of
+its own, so a run that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from foreword.data import Example, read_examples
+from foreword.data.rows import read_rows
+from foreword.errors import ConfigError, DataError
+from foreword.fingerprint import Fingerprint
+from foreword.generation import write
+from foreword.train._begun import begin, write_whole
+from foreword.train._teacher import text_teacher
+from foreword.train.progress import Counting
+from foreword.tuning import attach
+
+Row = dict[str, Any]
+
+# What the model is asked for, and how what it writes begins: without the first words a small model answers itself.
+KINDS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "question": (
+        "Write one question about a detail of the text above that the text answers. Write only the question.",
+        ("What", "Who", "When", "Which", "How", "Why", "Where", "Does", "Is", "What happens if"),
+    ),
+    "summarisation": (
+        "Ask for a summary of one part of the text above, and say which part. Write only the request.",
+        ("Summarise", "In a few sentences, what does", "Give a short summary of"),
+    ),
+    "structuring": (
+        "Ask for some facts of the text above as a list or a table. Write only the request.",
+        ("List", "Make a list of", "Name all"),
+    ),
+    "use case": (
+        "Somebody needs the text above for their work. Write one question that they would ask. Write only the question.",
+        ("Can I", "Do I have to", "What should I do if", "Am I allowed to", "How do I"),
+    ),
+    "creative": (
+        "Write one unusual task about the text above. Write only the task.",
+        ("Explain to a child", "Imagine", "Write a short dialogue about", "Compare"),
+    ),
+}
+_CONTINUE = ("Continue this passage of the text: “{}”", "What comes after “{}” in the text?", "Complete: “{}”")
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the model writes.
+
+    Attributes:
+        rows: texts at a time, all with the same part of the text before them.
+        chunk: tokens of a part of the text that is read at a time.
+        question, answer: the most tokens of one.
+        temperature, top_p: of sampling.
+        seed: of what is drawn.
+    """
+
+    rows: int = 16
+    chunk: int = 512
+    question: int = 40
+    answer: int = 64
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "chunk", "question", "answer"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"Writing({name}={value}); expected 1 or more")
+        if not 0 < self.temperature < float("inf") or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"Writing(temperature={self.temperature}, top_p={self.top_p}); expected a temperature above 0 and a "
+                "share above 0, at most 1"
+            )
+
+
+def self_study(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    path: Path,
+    count: int,
+    *,
+    kinds: Sequence[str] = tuple(KINDS),
+    how: Writing = Writing(),
+    resume: bool = False,
+    console: Console | None = None,
+) -> list[Row]:
+    """Have the model ask and answer ``count`` questions about a text, no two alike, and write them to ``path``.
+
+    Args:
+        path: a JSONL file of ``question``, ``answer`` and ``kind``, whole at any moment; a note stands beside it.
+        kinds: some of ``KINDS``; they take turns.
+        resume: go on with the file.
+
+    Raises:
+        ConfigError: an empty text, no kind or an unknown one, or the file is of another text or model, or was begun.
+        DataError: the model writes nothing of use.
+    """
+    if not text.strip():
+        raise ConfigError("there is no text to ask about; give one")
+    if not kinds or set(kinds) - set(KINDS):
+        raise ConfigError(f"kinds={list(kinds)}; expected some of {', '.join(KINDS)}")
+    parts = chunks(tokenizer, text, how.chunk)
+    order = random.Random(how.seed).sample(range(len(parts)), len(parts))
+
+    def batch(number: int, known: set[str]) -> list[Row]:
+        part = order[number % len(parts)]
+        chosen = [kinds[(number * how.rows + i) % len(kinds)] for i in range(how.rows)]
+        draw = random.Random(f"{how.seed}/{number}")
+        openings = [draw.choice(KINDS[kind][1]) for kind in chosen]
+        with in_context(model, tokenizer, parts[part]):
+            prompts = [asked(tokenizer, KINDS[k][0]) + o for k, o in zip(chosen, openings, strict=True)]
+            written = _write(model, tokenizer, prompts, how.question, how, f"{number}/questions")
+            questions = _usable([o + w for o, w in zip(openings, written, strict=True)], chosen, known)
+            answers = _answers(model, tokenizer, [q for q, _ in questions], how, number)
+        return [
+            {"question": q, "answer": a, "kind": kind, "chunk": part, "batch": number}
+            for (q, kind), a in zip(questions, answers, strict=True)
+            if a
+        ]
+
+    record = _record(model, text, how) | {"kinds": list(kinds)}
+    most = 4 * -(-count // how.rows) + 4 * len(parts)  # a model that writes nothing of use doesn't do so for ever
+    rows = _gather(path, record, count, most, batch, resume, console or Console(stderr=True))
+    if count and not rows:
+        raise DataError(
+            f"the model wrote no usable question in {most} batches; give questions of your own, or passages alone"
+        )
+    return rows
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    questions: Sequence[str],
+    path: Path,
+    *,
+    how: Writing = Writing(),
+    resume: bool = False,
+    console: Console | None = None,
+) -> list[Row]:
+    """Have the model answer questions about a text with all of it before them; rows and file as for ``self_study``.
+
+    A question that gets an empty answer is left out.
+    """
+
+    def batch(number: int, known: set[str]) -> list[Row]:
+        asking = list(questions[number * how.rows : (number + 1) * how.rows])
+        answers = _answers(model, tokenizer, asking, how, number)
+        return [
+            {"question": q, "answer": a, "kind": "given", "batch": number}
+            for q, a in zip(asking, answers, strict=True)
+            if a
+        ]
+
+    record = _record(model, text, how) | {"questions": sha256(repr(list(questions)).encode()).hexdigest()[:16]}
+    with in_context(model, tokenizer, text):
+        return _gather(
+            path, record, len(questions), -(-len(questions) // how.rows), batch, resume, console or Console(stderr=True)
+        )
+
+
+def passages(text: str, count: int, *, words: tuple[int, int] = (12, 36), seed: int = 0) -> list[Row]:
+    """Pieces of a text to be continued, spread evenly over it: rows as of ``self_study``, without the model.
+
+    Args:
+        words: how many words are shown, and how many are the answer. White space is made single blanks.
+
+    Raises:
+        ConfigError: the text has too few words for one.
+    """
+    found = text.split()
+    shown, continued = words
+    last = len(found) - shown - 1
+    if count and last < 0:
+        raise ConfigError(f"a passage takes {shown + 1} words at least, and the text has {len(found)}; leave them out")
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        start = min(last, int((i + draw.random()) * (last + 1) / count))
+        middle = start + shown
+        question = _CONTINUE[i % len(_CONTINUE)].format(" ".join(found[start:middle]))
+        rows.append({"question": question, "answer": " ".join(found[middle : middle + continued]), "kind": "passage"})
+    return rows
+
+
+def read_questions(path: str | Path) -> tuple[list[Example], list[Row]]:
+    """A user's own file: whole examples in any form that training reads, or ``question`` with or without ``answer``.
+
+    Returns:
+        The examples, and the questions: one of the two is empty.
+
+    Raises:
+        DataError: the file can't be read, is empty, or a record has no question.
+    """
+    records = list(read_rows(str(path), None))
+    if records and "question" not in records[0][1]:
+        return read_examples(str(path)), []
+    rows = []
+    for place, record in records:
+        values = {name: record.get(name) for name in ("question", "answer")}
+        for name, value in values.items():
+            if (value is None and name == "question") or not (value is None or (isinstance(value, str) and value.strip())):
+                raise DataError(f"{place}: {name!r} is {value!r}; expected a text (an answer may be left out)")
+        rows.append({k: v for k, v in values.items() if v is not None} | {"kind": str(record.get("kind") or "given")})
+    return [], rows
+
+
+def examples_of(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Questions and answers as training examples: in the chat template where the tokenizer has one."""
+    if tokenizer.chat_template is None:
+        return read_examples([{"input": asked(tokenizer, r["question"]), "output": f" {r['answer']}"} for r in rows])
+    roles = ("user", "question"), ("assistant", "answer")
+    return read_examples([{"messages": [{"role": who, "content": r[what]} for who, what in roles]} for r in rows])
+
+
+# ---------------------------------------------------------------- asking the model
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """A question as the model is asked it, up to where its answer begins."""
+    if tokenizer.chat_template is None:
+        return f"Question: {question}\nAnswer:"
+    messages = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+@contextmanager
+def in_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[None]:
+    """Inside the block the model has read a text; all rows of a batch share it."""
+    tuning = attach(model, text_teacher(model, tokenizer, text))
+    try:
+        yield
+    finally:
+        tuning.detach()
+
+
+def chunks(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> list[str]:
+    """Paragraphs put together to parts of at most ``size`` tokens; one that is longer is halved until it fits."""
+    found: list[str] = []
+    room = 0
+    for piece in (p for paragraph in re.split(r"\n\s*\n", text) for p in _halved(tokenizer, paragraph, size)):
+        needed = _tokens(tokenizer, piece)
+        if found and needed < room:
+            found[-1] += "\n\n" + piece
+            room -= needed + 1
+        elif piece.strip():
+            found.append(piece)
+            room = size - needed
+    return found
+
+
+def _halved(tokenizer: PreTrainedTokenizerBase, paragraph: str, size: int) -> list[str]:
+    words = paragraph.split(" ")
+    if len(words) < 2 or _tokens(tokenizer, paragraph) <= size:
+        return [paragraph]
+    middle = len(words) // 2
+    return [p for half in (words[:middle], words[middle:]) for p in _halved(tokenizer, " ".join(half), size)]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], how: Writing, number: int
+) -> list[str]:
+    if not questions:
+        return []
+    prompts = [asked(tokenizer, q) for q in questions]
+    return [a.strip() for a in _write(model, tokenizer, prompts, how.answer, how, f"{number}/answers")]
+
+
+def _write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], most: int, how: Writing, what: str
+) -> list[str]:
+    """What the model writes; the same for the same seed, and the random state outside stays."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int.from_bytes(sha256(f"{how.seed}/{what}".encode()).digest()[:7]))
+        return write(
+            model, tokenizer, prompts, max_new_tokens=most, do_sample=True, temperature=how.temperature,
+            top_p=how.top_p, top_k=0,
+        )  # fmt: skip
+
+
+def _usable(written: Sequence[str], kinds: Sequence[str], known: set[str]) -> list[tuple[str, str]]:
+    """Questions of four words or more that aren't known yet, each up to its question mark or the end of its line."""
+    found = []
+    for text, kind in zip(written, kinds, strict=True):
+        line = next((x.strip() for x in text.splitlines() if x.strip()), "")
+        question = line[: line.index("?") + 1] if "?" in line else line
+        if len(question.split()) >= 4 and (key := _key(question)) not in known:
+            known.add(key)
+            found.append((question, kind))
+    return found
+
+
+def _key(question: str) -> str:
+    """Two questions that differ in case and punctuation only are one."""
+    return " ".join(re.findall(r"\w+", question.casefold()))
+
+
+# ---------------------------------------------------------------- writing down
+
+
+def _record(model: PreTrainedModel, text: str, how: Writing) -> dict[str, Any]:
+    """What the rows are of: anything that would change them."""
+    base = Fingerprint.of(model)
+    return {
+        "text": sha256(text.encode()).hexdigest()[:32],
+        "base model": [base.model_class, str(model.dtype), sha256(repr(base.weights).encode()).hexdigest()[:16]],
+        **asdict(how),
+    }
+
+
+def _gather(
+    path: Path,
+    record: Mapping[str, Any],
+    count: int,
+    most: int,
+    batch: Callable[[int, set[str]], list[Row]],
+    resume: bool,
+    console: Console,
+) -> list[Row]:
+    """Ask for batch after batch until there are ``count`` rows or ``most`` batches, and write them down each time."""
+    begin(path.with_name(f"{path.name}.json"), record, resume, "questions")
+    rows = _read(path) if path.exists() else []
+    with Counting("questions", console, count, "") as bar:
+        bar.skip(min(count, len(rows)))
+        for number in range(rows[-1]["batch"] + 1 if rows else 0, most):
+            if len(rows) >= count:
+                break
+            new = batch(number, {_key(r["question"]) for r in rows})
+            rows += new
+            write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            bar.advance(len(new))
+    return rows[:count]
+
+
+def _read(path: Path) -> list[Row]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as exc:
+        raise DataError(f"{path} can't be read: {exc}; delete it to begin anew") from exc
