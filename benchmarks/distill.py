@@ -1,11 +1,11 @@
 """A document as a prefix: how likely are the answers to held-out questions, with what before them?
 
-The Apache licence (this project's LICENSE, about 2,500 tokens) is distilled into SmolLM2-135M on questions that the model
+The Apache licence (this project's LICENSE, 2,224 tokens) is distilled into SmolLM2-135M on questions that the model
 makes itself and on passages of the text. Judged by the 32 questions and answers of distill_questions.jsonl, which were
-written by hand: the negative log-likelihood of the answers, in nats a token, with nothing before the question, with the first tokens of the
-licence, with the cartridge of the same size, and with all of the licence. One seed.
+written by hand: the negative log-likelihood of the answers, in nats a token, with nothing before the question, with the
+first tokens of the licence, with the cartridge of the same size, and with all of the licence. One seed.
 
-    python benchmarks/distill.py [--steps 120] [--lengths 64 256] [--work DIR] [--only main data objective]
+    python benchmarks/distill.py [--steps 64] [--lengths 64 256] [--work DIR] [--only contexts lengths data objective]
 
 Another text: --document FILE --held-out FILE.
 """
@@ -31,11 +31,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--document", type=Path, default=ROOT / "LICENSE")
     parser.add_argument("--held-out", type=Path, default=HELD_OUT, help="JSONL of question and answer")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lengths", type=int, nargs="*", default=[64, 256])
-    parser.add_argument("--count", type=int, default=128, help="questions that the model makes")
-    parser.add_argument("--passages", type=int, default=128)
+    parser.add_argument("--count", type=int, default=96, help="questions that the model makes")
+    parser.add_argument("--passages", type=int, default=96)
     parser.add_argument("--work", type=Path, help="a folder for the runs, to go on with after an interruption")
     parser.add_argument("--only", nargs="*", help="some of: contexts, lengths, data, objective")
     options = parser.parse_args()
@@ -65,7 +65,9 @@ class Bench:
         if "contexts" in only:
             self.judge("nothing", None)
             for length in self.options.lengths:
-                self.judge(f"first {length} tokens", Prefix.from_text(self.model, self.tokenizer, self.text, length=length))
+                self.judge(
+                    f"first {length} tokens", Prefix.from_text(self.model, self.tokenizer, self.text, length=length)
+                )
             self.judge("all of the text", Prefix.from_text(self.model, self.tokenizer, self.text))
         if "lengths" in only:
             for length in self.options.lengths:
@@ -81,13 +83,13 @@ class Bench:
         """The held-out answers with a prefix before their questions."""
         import foreword as fw
         from foreword.evaluate.perplexity import text_nll
-        from foreword.train.self_study import asked
+        from foreword.train.questions import asked
 
         tuning = fw.attach(self.model, prefix) if prefix is not None else None
         began = time.perf_counter()
         try:
             prompts = [asked(self.tokenizer, q) for q, _ in self.held_out]
-            nlls = text_nll(self.model, self.tokenizer, [a for _, a in self.held_out], prompts=prompts)
+            nlls = text_nll(self.model, self.tokenizer, [f" {a}" for _, a in self.held_out], prompts=prompts)
         finally:
             if tuning is not None:
                 tuning.detach()
@@ -100,16 +102,18 @@ class Bench:
     def examples(self, kinds: tuple[str, ...]) -> Any:
         """Questions of the model's own and passages, encoded."""
         from foreword.data import encode
-        from foreword.train.self_study import examples_of, passages, self_study
+        from foreword.train.questions import examples_of, passages
+        from foreword.train.self_study import Writing, self_study
 
         path, rows = self.work / "questions.jsonl", []
         if "questions" in kinds:
             rows += self_study(
-                self.model, self.tokenizer, self.text, path, self.options.count, resume=path.exists()
+                self.model, self.tokenizer, self.text, path, self.options.count, resume=path.exists(),
+                how=Writing(question=32, answer=40),
             )  # fmt: skip
         if "passages" in kinds:
-            rows += passages(self.text, self.options.passages)
-        return encode(examples_of(rows, self.tokenizer), self.tokenizer, max_length=128)
+            rows += passages(self.text, self.options.passages, words=(8, 24))
+        return encode(examples_of(rows, self.tokenizer), self.tokenizer, max_length=96)
 
     def distilled(self, name: str, length: int, kinds: tuple[str, ...], *, teacher: bool = True) -> None:
         """A run, from the text's first tokens, and what the answers come to with it."""
@@ -120,8 +124,8 @@ class Bench:
         out = self.work / name.replace(",", "").replace(" ", "-")
         config = fw.PrefixConfig(length=length, init=self.text, freeze_first=True)
         arguments = {
-            "max_steps": self.options.steps, "per_device_train_batch_size": self.options.batch, "seed": 0, "use_cpu": True,
-            "report_to": "none", "save_steps": 20, "logging_steps": 10,
+            "max_steps": self.options.steps, "per_device_train_batch_size": self.options.batch, "seed": 0,
+            "use_cpu": True, "report_to": "none", "save_steps": 16, "logging_steps": 8,
         }  # fmt: skip
         dataset, began = self.examples(kinds), time.perf_counter()
         if (out / "foreword.json").exists():
@@ -165,7 +169,9 @@ def draw(rows: dict[str, dict[str, Any]]) -> Path:
     for name, style in (("nothing", ":"), ("all of the text", "--")):
         row = rows[name]
         axes.axhline(row["nll"], linestyle=style, color="0.3")
-        axes.annotate(f"{name}: {row['nll']:.2f}", (1, row["nll"]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        axes.annotate(
+            f"{name}: {row['nll']:.2f}", (1, row["nll"]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
     axes.set_xscale("log", base=2)
     axes.set_xlabel("virtual tokens before the question")
     axes.set_ylabel("held-out answers: nats a token")

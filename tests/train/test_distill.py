@@ -93,7 +93,9 @@ def test_over_k_tokens_it_is_the_divergence_of_k_and_one_outcomes(both, data):
     torch.testing.assert_close(log_probs.exp(), p, atol=1e-12, rtol=1e-9)
     torch.testing.assert_close(found, (p * (p.log() - q.log())).sum(1), atol=1e-10, rtol=1e-7)
     assert (found > -1e-12).all()
-    torch.testing.assert_close(divergence(teacher, ids, log_probs), torch.zeros(n, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        divergence(teacher, ids, log_probs), torch.zeros(n, dtype=torch.float64), atol=1e-12, rtol=0
+    )
     whole = divergence(student, *top_log_probs(teacher, vocabulary))
     finer = divergence(student, *top_log_probs(teacher, top + 1))
     assert (found <= finer + 1e-10).all() and (finer <= whole + 1e-10).all()
@@ -150,7 +152,9 @@ def test_answers_of_many_files_stand_at_their_examples(tmp_path):
         with torch.no_grad():
             ids, log_probs = top_log_probs(model(**inputs).logits[predicts], 5)
         assert torch.equal(batch["teacher_ids"][answered(batch["labels"], False)].long(), ids)
-        torch.testing.assert_close(batch["teacher_log_probs"][answered(batch["labels"], False)], log_probs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            batch["teacher_log_probs"][answered(batch["labels"], False)], log_probs, atol=1e-5, rtol=1e-5
+        )
     with pytest.raises(IndexError):
         told[len(data)]
     (folder / "000001.safetensors").write_bytes(b"nonsense")
@@ -163,7 +167,10 @@ def test_only_logits_of_answers_are_made():
     batch = Collator(0)([data[i] for i in range(4)])
     inputs, predicts = answer_inputs(model, batch)
     with torch.no_grad():
-        kept, whole = model(**inputs).logits, model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        kept, whole = (
+            model(**inputs).logits,
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
+        )
     assert kept.shape[1] < whole.shape[1]
     assert torch.equal(kept[predicts], whole[:, :-1][batch["labels"][:, 1:] != -100])
 
@@ -276,7 +283,9 @@ def test_a_lora_becomes_a_prefix(tmp_path):
     model, tokenizer = zoo.build("llama"), zoo.tokenizer()
     data = encode(read_examples([{"text": s} for s in zoo.SENTENCES * 2]), tokenizer, max_length=40)
     before = tiny.base_weights(model)
-    teacher = train_prefix(model, tokenizer, fw.LoRAConfig(rank=2), data, tmp_path / "lora", ARGUMENTS, console=QUIET).prefix
+    teacher = train_prefix(
+        model, tokenizer, fw.LoRAConfig(rank=2), data, tmp_path / "lora", ARGUMENTS, console=QUIET
+    ).prefix
     result = run(model, tmp_path / "out", teacher, fw.PrefixConfig(length=4, init=TEXT), arguments={"max_steps": 12})
     tiny.assert_base_unchanged(model, before)
     assert losses(result)[-1] < losses(result)[0] and not result.prefix.parts
@@ -375,25 +384,79 @@ def other_prefix(name):
 
 
 def conditional():
-    tuning = fw.attach(zoo.build("llama"), fw.PrefixConfig(length=3, init="random", reparam="mlp", hidden=8, condition=2))
+    tuning = fw.attach(
+        zoo.build("llama"), fw.PrefixConfig(length=3, init="random", reparam="mlp", hidden=8, condition=2)
+    )
     return tuning.bake()
 
 
 TROUBLE = {
-    "a text longer than the context": (lambda: {"teacher": TEXT * 9}, fw.ConfigError, r"has \d+ tokens and the longest example \d+: \d+, and .* reads 128 at most"),
-    "an empty text": (lambda: {"teacher": " \n"}, fw.ConfigError, "the teacher's text is empty"),
-    "no text and no prefix": (lambda: {"teacher": CONFIG}, fw.ConfigError, "a text or a Prefix, not PrefixConfig"),
-    "a student longer than its text": (lambda: {"what": fw.PrefixConfig(length=99, init="The film")}, fw.ConfigError, "the init text has"),
-    "no answers": (lambda: {"data": unanswered()}, fw.DataError, "none of the 7 examples .* has an answer token"),
-    "no answers to validate on": (lambda: {"valid": unanswered()}, fw.DataError, r"\(valid\) has an answer token"),
-    "a teacher of other weights": (lambda: {"teacher": other_prefix("weights")}, fw.MismatchError, "other weights"),
-    "a teacher of another shape": (lambda: {"teacher": other_prefix("shape")}, fw.MismatchError, "doesn't fit"),
-    "a student of other weights": (lambda: {"what": other_prefix("weights")}, fw.MismatchError, "other weights"),
-    "a teacher still to be made": (lambda: {"teacher": conditional()}, fw.ConfigError, r"teacher\.given\(vector\)"),
-    "top 0": (lambda: {"top": 0}, fw.ConfigError, "top=0; expected .* from 1 to 128"),
-    "top too large": (lambda: {"top": 129}, fw.ConfigError, "top=129"),
-    "several tasks": (lambda: {"what": fw.PrefixConfig(length=2, init="random", tasks=("a", "b"))}, fw.ConfigError, "has one student"),
-}  # fmt: skip
+    "a text longer than the context": (
+        lambda: {"teacher": TEXT * 9},
+        fw.ConfigError,
+        r"has \d+ tokens and the longest example \d+: \d+, and .* reads 128 at most",
+    ),
+    "an empty text": (
+        lambda: {"teacher": " \n"},
+        fw.ConfigError,
+        "the teacher's text is empty",
+    ),
+    "no text and no prefix": (
+        lambda: {"teacher": CONFIG},
+        fw.ConfigError,
+        "a text or a Prefix, not PrefixConfig",
+    ),
+    "a student longer than its text": (
+        lambda: {"what": fw.PrefixConfig(length=99, init="The film")},
+        fw.ConfigError,
+        "the init text has",
+    ),
+    "no answers": (
+        lambda: {"data": unanswered()},
+        fw.DataError,
+        "none of the 7 examples .* has an answer token",
+    ),
+    "no answers to validate on": (
+        lambda: {"valid": unanswered()},
+        fw.DataError,
+        r"\(valid\) has an answer token",
+    ),
+    "a teacher of other weights": (
+        lambda: {"teacher": other_prefix("weights")},
+        fw.MismatchError,
+        "other weights",
+    ),
+    "a teacher of another shape": (
+        lambda: {"teacher": other_prefix("shape")},
+        fw.MismatchError,
+        "doesn't fit",
+    ),
+    "a student of other weights": (
+        lambda: {"what": other_prefix("weights")},
+        fw.MismatchError,
+        "other weights",
+    ),
+    "a teacher still to be made": (
+        lambda: {"teacher": conditional()},
+        fw.ConfigError,
+        r"teacher\.given\(vector\)",
+    ),
+    "top 0": (
+        lambda: {"top": 0},
+        fw.ConfigError,
+        "top=0; expected .* from 1 to 128",
+    ),
+    "top too large": (
+        lambda: {"top": 129},
+        fw.ConfigError,
+        "top=129",
+    ),
+    "several tasks": (
+        lambda: {"what": fw.PrefixConfig(length=2, init="random", tasks=("a", "b"))},
+        fw.ConfigError,
+        "has one student",
+    ),
+}
 
 
 @pytest.mark.parametrize("make, error, said", TROUBLE.values(), ids=TROUBLE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,22 +17,16 @@ import foreword as fw
 import zoo
 from foreword.data import encode
 from foreword.train import self_study as made
-from foreword.train.self_study import (
-    KINDS,
-    Writing,
-    answer_questions,
-    asked,
-    chunks,
-    examples_of,
-    passages,
-    read_questions,
-    self_study,
-)
+from foreword.train.questions import asked, chunks, examples_of, passages, read_questions
+from foreword.train.self_study import KINDS, Writing, answer_questions, self_study
 
 TEXT = "\n\n".join(zoo.SENTENCES)
 QUIET = Console(file=io.StringIO())
 HOW = Writing(rows=4, chunk=20, question=24, answer=6)
-TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 
 
 def study(model, path, count=6, text=TEXT, how=HOW, **more):
@@ -40,10 +35,11 @@ def study(model, path, count=6, text=TEXT, how=HOW, **more):
 
 # ---------------------------------------------------------------- parts and passages
 
-WORDS = st.lists(st.sampled_from("The film is a lovely old place".split()), min_size=1, max_size=30).map(" ".join)
+WORDS = st.sampled_from(["The", "film", "is", "a", "lovely", "old", "place"])
+PARAGRAPHS = st.lists(st.lists(WORDS, min_size=1, max_size=30).map(" ".join), min_size=1, max_size=6)
 
 
-@given(st.lists(WORDS, min_size=1, max_size=6), st.integers(1, 40))
+@given(PARAGRAPHS, st.integers(1, 40))
 def test_parts_are_the_text_in_order_and_short_enough(paragraphs, size):
     tokenizer, text = zoo.tokenizer(), "\n\n".join(paragraphs)
     found = chunks(tokenizer, text, size)
@@ -91,7 +87,7 @@ def test_the_model_asks_and_answers(tmp_path):
         assert any(row["question"].startswith(o) for o in KINDS[row["kind"]][1])
     assert len({made._key(r["question"]) for r in written}) == len(written)
     assert study(model, tmp_path / "again.jsonl", kinds=("question", "creative")) == rows
-    other = Writing(**{**vars(HOW), "seed": 1}) if hasattr(HOW, "__dict__") else Writing(4, 20, 24, 6, seed=1)
+    other = replace(HOW, seed=1)
     assert study(model, tmp_path / "other.jsonl", kinds=("question", "creative"), how=other) != rows
 
 
@@ -114,8 +110,11 @@ def test_it_reads_the_part_that_it_asks_about(tmp_path, monkeypatch):
     prompts, written = seen[0]
     for prompt, text in zip(prompts, written, strict=True):
         alone = write(model, tokenizer, [part + prompt], max_new_tokens=HOW.question, do_sample=False)
-        assert tokenizer(part + prompt)["input_ids"] != tokenizer(part)["input_ids"] + tokenizer(prompt)["input_ids"] or alone[0] == text
-    assert prompts[0].startswith("Question: Write one question about a detail")
+        assert (
+            tokenizer(part + prompt)["input_ids"] != tokenizer(part)["input_ids"] + tokenizer(prompt)["input_ids"]
+            or alone[0] == text
+        )
+    assert prompts[0].startswith("\n\nA question about a detail of the text above")
 
 
 def test_writing_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
@@ -152,7 +151,7 @@ def test_writing_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
 
 def test_a_model_that_writes_nothing_of_use(tmp_path, monkeypatch):
     monkeypatch.setattr(made, "write", lambda model, tokenizer, prompts, **_: [" " for _ in prompts])
-    with pytest.raises(fw.DataError, match="no usable question in .* batches; give questions of your own"):
+    with pytest.raises(fw.DataError, match=r"no usable question in .* batches; give questions of your own"):
         study(zoo.build("llama"), tmp_path / "q.jsonl")
 
 
@@ -179,6 +178,8 @@ def test_bad_wishes(tmp_path):
         study(model, tmp_path / "q", text=" ")
     with pytest.raises(fw.ConfigError, match=r"kinds=\['riddle'\]; expected some of question"):
         study(model, tmp_path / "q", kinds=("riddle",))
+    with pytest.raises(fw.ConfigError, match="has no chat template; ask without"):
+        study(model, tmp_path / "chat" / "q", chat=True)
     for name, value in (("rows", 0), ("chunk", 0), ("temperature", 0.0), ("top_p", 1.5)):
         with pytest.raises(fw.ConfigError, match=f"{name}={value}"):
             Writing(**{name: value})
@@ -193,7 +194,9 @@ def test_given_questions_are_answered_with_all_of_the_text(tmp_path):
     questions = [f"What is the film {i}?" for i in range(6)]
     rows = answer_questions(model, tokenizer, TEXT, questions, tmp_path / "q.jsonl", how=HOW, console=QUIET)
     assert [r["question"] for r in rows] == questions and all(r["answer"] for r in rows)
-    again = answer_questions(model, tokenizer, TEXT, questions, tmp_path / "q.jsonl", how=HOW, resume=True, console=QUIET)
+    again = answer_questions(
+        model, tokenizer, TEXT, questions, tmp_path / "q.jsonl", how=HOW, resume=True, console=QUIET
+    )
     assert again == rows and fw.tuning.tuning_of(model) is None
 
 
@@ -201,12 +204,19 @@ def test_a_file_of_questions(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "Who?", "answer": "The actor."}\n{"question": "Where?"}\n')
     examples, rows = read_questions(path)
-    assert not examples and rows == [{"question": "Who?", "answer": "The actor.", "kind": "given"}, {"question": "Where?", "kind": "given"}]
+    assert not examples and rows == [
+        {"question": "Who?", "answer": "The actor.", "kind": "given"},
+        {"question": "Where?", "kind": "given"},
+    ]
     path.write_text('{"input": "Who?", "output": " I."}\n')
     examples, rows = read_questions(path)
     assert not rows and (examples[0].input, examples[0].output) == ("Who?", " I.")
-    for bad, said in (('{"question": "Who?"}\n{"answer": "a"}\n', "'question' is None"), ('{"question": " "}\n', "'question' is ' '"),
-                      ('{"question": "Who?", "answer": 3}\n', "'answer' is 3"), ("", "mine")):  # fmt: skip
+    for bad, said in (
+        ('{"question": "Who?"}\n{"answer": "a"}\n', "'question' is None"),
+        ('{"question": " "}\n', "'question' is ' '"),
+        ('{"question": "Who?", "answer": 3}\n', "'answer' is 3"),
+        ("", "mine"),
+    ):
         path.write_text(bad)
         with pytest.raises(fw.DataError, match=said):
             read_questions(path)
@@ -215,10 +225,10 @@ def test_a_file_of_questions(tmp_path):
 @pytest.mark.parametrize("chat", [False, True])
 def test_examples_end_where_the_question_as_asked_does(chat):
     tokenizer = zoo.tokenizer()
-    tokenizer.chat_template = TEMPLATE if chat else None
+    tokenizer.chat_template = TEMPLATE
     rows = [{"question": "What is the film?", "answer": "It is a lovely old place."}]
-    data = encode(examples_of(rows, tokenizer), tokenizer, max_length=200)
+    data = encode(examples_of(rows, tokenizer, chat=chat), tokenizer, max_length=200)
     ids, labels = data[0]["input_ids"], data[0]["labels"]
     shown = [i for i, label in zip(ids, labels, strict=True) if label == -100]
-    assert shown == tokenizer(asked(tokenizer, rows[0]["question"]))["input_ids"]
+    assert shown == tokenizer(asked(tokenizer, rows[0]["question"], chat))["input_ids"]
     assert "lovely old place" in tokenizer.decode([x for x in labels if x != -100])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from foreword.cli._data import Examples, Source, encode_both, hold_out
+from foreword.cli._data import Source, encode_both, hold_out
 from foreword.cli._shared import print_json, quiet
 from foreword.errors import ConfigError, DataError
 
@@ -39,6 +39,7 @@ def run(
     count: Annotated[int, Option(min=0, help="Questions that the model makes.", rich_help_panel=_QUESTIONS)] = 128,
     passages: Annotated[int, Option(min=0, help="Pieces of the document to be continued.", rich_help_panel=_QUESTIONS)] = 128,
     kinds: Annotated[str | None, Option(help="Of the model's questions, with commas.", rich_help_panel=_QUESTIONS, show_default="all five")] = None,
+    chat: Annotated[bool, Option("--chat", help="Ask in the model's chat template instead of as 'Question: … Answer:'.", rich_help_panel=_QUESTIONS)] = False,
     chunk: Annotated[int, Option(min=16, help="Tokens of the document that the model reads to ask about.", rich_help_panel=_QUESTIONS)] = 512,
     data: Annotated[str | None, Option(help="Examples, as for train.", rich_help_panel=_DATA)] = None,
     valid: Annotated[str | None, Option(help="Validation examples, in the same form.", rich_help_panel=_DATA)] = None,
@@ -68,7 +69,9 @@ def run(
 ) -> None:  # fmt: skip
     """Distil a document (or a larger prefix) into a short prefix that answers like the model with it before it."""
     if (document is None) == (teacher_prefix is None):
-        raise ConfigError("the teacher is --document FILE, or --teacher-prefix DIR with --data FILE; give one of the two")
+        raise ConfigError(
+            "the teacher is --document FILE, or --teacher-prefix DIR with --data FILE; give one of the two"
+        )
     if (teacher_prefix is None) != (data is None):
         raise ConfigError("--teacher-prefix and --data go together: the prefix is asked about these examples")
     for name, value in (("--learning-rate", learning_rate), ("--epochs", epochs)):
@@ -93,7 +96,7 @@ def run(
     what = Prefix.load(start) if start is not None else _student(tokenizer, text, length, init, freeze_first, seed)
     check(base, tokenizer, teacher, what, max_length, top)
     if given is None:
-        asking = Asking(text or "", questions, count, passages, kinds, chunk, seed)
+        asking = Asking(text or "", questions, count, passages, kinds, chat, chunk, seed)
         examples = asking.examples(base, tokenizer, out, resume, console)
         given = hold_out(examples, valid_share, seed) if valid_share is not None else (examples, None)
     train_set, valid_set = encode_both(given, tokenizer, base, max_length)
@@ -125,6 +128,7 @@ class Asking:
     count: int
     passages: int
     kinds: str | None
+    chat: bool
     chunk: int
     seed: int
 
@@ -132,15 +136,8 @@ class Asking:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, resume: bool, console: Console
     ) -> list[Any]:
         """Questions and answers: the user's, or the model's in ``out`` and pieces of the document."""
-        from foreword.train.self_study import (
-            KINDS,
-            Writing,
-            answer_questions,
-            examples_of,
-            passages,
-            read_questions,
-            self_study,
-        )
+        from foreword.train.questions import examples_of, passages, read_questions
+        from foreword.train.self_study import KINDS, Writing, answer_questions, self_study
 
         how = Writing(chunk=self.chunk, seed=self.seed)
         going_on = resume and (out / QUESTIONS).exists()
@@ -149,23 +146,26 @@ class Asking:
             open_ones = [r["question"] for r in rows if "answer" not in r]
             if open_ones:
                 written = answer_questions(
-                    model, tokenizer, self.text, open_ones, out / QUESTIONS, how=how, resume=going_on, console=console
-                )
+                    model, tokenizer, self.text, open_ones, out / QUESTIONS, chat=self.chat, how=how, resume=going_on,
+                    console=console,
+                )  # fmt: skip
                 rows = [r for r in rows if "answer" in r] + written
-            return [*examples, *examples_of(rows, tokenizer)]
+            return [*examples, *examples_of(rows, tokenizer, chat=self.chat)]
         if not self.count + self.passages:
-            raise ConfigError("--count 0 --passages 0 leaves nothing to learn from; give some of either, or --questions")
+            raise ConfigError(
+                "--count 0 --passages 0 leaves nothing to learn from; give some of either, or --questions"
+            )
         rows = passages(self.text, self.passages, seed=self.seed)
         if self.count:
             kinds = [k.strip() for k in self.kinds.split(",")] if self.kinds is not None else list(KINDS)
             try:
                 rows += self_study(
-                    model, tokenizer, self.text, out / QUESTIONS, self.count, kinds=kinds, how=how, resume=going_on,
-                    console=console,
+                    model, tokenizer, self.text, out / QUESTIONS, self.count, kinds=kinds, chat=self.chat, how=how,
+                    resume=going_on, console=console,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 _interrupted(out)
-        return examples_of(rows, tokenizer)
+        return examples_of(rows, tokenizer, chat=self.chat)
 
 
 def _student(
@@ -188,7 +188,7 @@ def _student(
 def _beginning(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], length: int) -> str:
     """As much of a text as its first tokens need: the configuration is saved with the prefix."""
     for more in (8, 64):
-        start = tokenizer.decode(ids[: length + more], skip_special_tokens=True)
+        start = str(tokenizer.decode(ids[: length + more], skip_special_tokens=True))
         if text.startswith(start) and tokenizer(start, verbose=False)["input_ids"][:length] == ids[:length]:
             return start
     return text

@@ -62,9 +62,9 @@ def text_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
     if isinstance(limit, int) and count + longest > limit:
         raise ConfigError(
             f"the teacher's text has {count:,} tokens and the longest example {longest:,}: {count + longest:,}, and "
-            f"{type(model).__name__} reads {limit:,} at most (max_position_embeddings). Shorten the text to "
-            f"{max(0, limit - longest):,} tokens, distil its parts one by one and join them (Prefix.join), or take a "
-            "model with a longer context"
+            f"{type(model).__name__} reads {limit:,} at most (max_position_embeddings). Shorten the text or the "
+            "examples (max_length), distil parts of the text one by one and join them (Prefix.join), or take a model "
+            "with a longer context"
         )
     return count
 
@@ -278,12 +278,14 @@ class Answers(Sequence[tuple[Tensor, Tensor]]):
                     raise ValueError(f"{ids.get_shape()[0]} answer tokens, and the examples have {whole}")
                 return ids[start:end], log_probs[start:end]
         except (SafetensorError, OSError, ValueError) as exc:
-            raise DataError(f"{path} can't be read: {exc}; delete it and --resume, and the teacher is asked again") from exc
+            raise DataError(
+                f"{path} can't be read: {exc}; delete it and --resume, and the teacher is asked again"
+            ) from exc
 
 
 @dataclass(frozen=True)
 class TeacherCollator(Collator):
-    """Pads what the teacher said beside the labels: ``teacher_ids`` and ``teacher_log_probs``, ``(B, S, k | k + 1)``."""
+    """Pads what the teacher said beside the labels: ``teacher_ids`` ``(B, S, k)``, ``teacher_log_probs`` one wider."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(examples)

@@ -14,11 +14,11 @@ moving probability to them. With k the whole vocabulary it is the plain divergen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -228,7 +228,9 @@ def check(
     tokens = None
     if isinstance(teacher, Prefix):
         if part_of(teacher) is not None:
-            raise ConfigError("the teacher depends on a condition vector; make a plain one of it: teacher.given(vector)")
+            raise ConfigError(
+                "the teacher depends on a condition vector; make a plain one of it: teacher.given(vector)"
+            )
         attach(model, teacher).detach()  # says what doesn't fit
     elif isinstance(teacher, str):
         if model.config.is_encoder_decoder:
@@ -319,4 +321,4 @@ def _place(model: PreTrainedModel, args: PrefixTrainingArguments) -> None:
     """Where Trainer will put the model, so that the teacher is asked there."""
     placed = hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)
     if not placed and model.device.type == "cpu" and args.device.type != "cpu":
-        model.to(args.device)
+        cast(Any, model).to(args.device)

@@ -24,42 +24,38 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foreword.data import Example, read_examples
-from foreword.data.rows import read_rows
 from foreword.errors import ConfigError, DataError
 from foreword.fingerprint import Fingerprint
 from foreword.generation import write
 from foreword.train._begun import begin, write_whole
 from foreword.train._teacher import text_teacher
 from foreword.train.progress import Counting
+from foreword.train.questions import Row, asked, chunks, wished
 from foreword.tuning import attach
-
-Row = dict[str, Any]
 
 # What the model is asked for, and how what it writes begins: without the first words a small model answers itself.
 KINDS: Mapping[str, tuple[str, Sequence[str]]] = {
     "question": (
-        "Write one question about a detail of the text above that the text answers. Write only the question.",
+        "A question about a detail of the text above that the text answers.",
         ("What", "Who", "When", "Which", "How", "Why", "Where", "Does", "Is", "What happens if"),
     ),
     "summarisation": (
-        "Ask for a summary of one part of the text above, and say which part. Write only the request.",
+        "A request for a summary of one part of the text above.",
         ("Summarise", "In a few sentences, what does", "Give a short summary of"),
     ),
     "structuring": (
-        "Ask for some facts of the text above as a list or a table. Write only the request.",
+        "A request for some facts of the text above as a list.",
         ("List", "Make a list of", "Name all"),
     ),
     "use case": (
-        "Somebody needs the text above for their work. Write one question that they would ask. Write only the question.",
+        "A question of somebody who needs the text above for their work.",
         ("Can I", "Do I have to", "What should I do if", "Am I allowed to", "How do I"),
     ),
     "creative": (
-        "Write one unusual task about the text above. Write only the task.",
+        "An unusual task about the text above.",
         ("Explain to a child", "Imagine", "Write a short dialogue about", "Compare"),
     ),
 }
-_CONTINUE = ("Continue this passage of the text: “{}”", "What comes after “{}” in the text?", "Complete: “{}”")
 
 
 @dataclass(frozen=True)
@@ -101,6 +97,7 @@ def self_study(
     count: int,
     *,
     kinds: Sequence[str] = tuple(KINDS),
+    chat: bool = False,
     how: Writing = Writing(),
     resume: bool = False,
     console: Console | None = None,
@@ -110,6 +107,7 @@ def self_study(
     Args:
         path: a JSONL file of ``question``, ``answer`` and ``kind``, whole at any moment; a note stands beside it.
         kinds: some of ``KINDS``; they take turns.
+        chat: ask in the model's chat template instead of as ``Question: … Answer:``.
         resume: go on with the file.
 
     Raises:
@@ -120,6 +118,7 @@ def self_study(
         raise ConfigError("there is no text to ask about; give one")
     if not kinds or set(kinds) - set(KINDS):
         raise ConfigError(f"kinds={list(kinds)}; expected some of {', '.join(KINDS)}")
+    asked(tokenizer, "", chat)  # says that there is no template
     parts = chunks(tokenizer, text, how.chunk)
     order = random.Random(how.seed).sample(range(len(parts)), len(parts))
 
@@ -129,17 +128,17 @@ def self_study(
         draw = random.Random(f"{how.seed}/{number}")
         openings = [draw.choice(KINDS[kind][1]) for kind in chosen]
         with in_context(model, tokenizer, parts[part]):
-            prompts = [asked(tokenizer, KINDS[k][0]) + o for k, o in zip(chosen, openings, strict=True)]
+            prompts = [wished(tokenizer, KINDS[k][0], chat) + o for k, o in zip(chosen, openings, strict=True)]
             written = _write(model, tokenizer, prompts, how.question, how, f"{number}/questions")
             questions = _usable([o + w for o, w in zip(openings, written, strict=True)], chosen, known)
-            answers = _answers(model, tokenizer, [q for q, _ in questions], how, number)
+            answers = _answers(model, tokenizer, [q for q, _ in questions], chat, how, number)
         return [
             {"question": q, "answer": a, "kind": kind, "chunk": part, "batch": number}
             for (q, kind), a in zip(questions, answers, strict=True)
             if a
         ]
 
-    record = _record(model, text, how) | {"kinds": list(kinds)}
+    record = _record(model, text, how) | {"kinds": list(kinds), "chat": chat}
     most = 4 * -(-count // how.rows) + 4 * len(parts)  # a model that writes nothing of use doesn't do so for ever
     rows = _gather(path, record, count, most, batch, resume, console or Console(stderr=True))
     if count and not rows:
@@ -156,6 +155,7 @@ def answer_questions(
     questions: Sequence[str],
     path: Path,
     *,
+    chat: bool = False,
     how: Writing = Writing(),
     resume: bool = False,
     console: Console | None = None,
@@ -165,85 +165,26 @@ def answer_questions(
     A question that gets an empty answer is left out.
     """
 
+    asked(tokenizer, "", chat)
+
     def batch(number: int, known: set[str]) -> list[Row]:
         asking = list(questions[number * how.rows : (number + 1) * how.rows])
-        answers = _answers(model, tokenizer, asking, how, number)
+        answers = _answers(model, tokenizer, asking, chat, how, number)
         return [
             {"question": q, "answer": a, "kind": "given", "batch": number}
             for q, a in zip(asking, answers, strict=True)
             if a
         ]
 
-    record = _record(model, text, how) | {"questions": sha256(repr(list(questions)).encode()).hexdigest()[:16]}
+    asked_for = sha256(repr(list(questions)).encode()).hexdigest()[:16]
+    record = _record(model, text, how) | {"questions": asked_for, "chat": chat}
     with in_context(model, tokenizer, text):
         return _gather(
             path, record, len(questions), -(-len(questions) // how.rows), batch, resume, console or Console(stderr=True)
         )
 
 
-def passages(text: str, count: int, *, words: tuple[int, int] = (12, 36), seed: int = 0) -> list[Row]:
-    """Pieces of a text to be continued, spread evenly over it: rows as of ``self_study``, without the model.
-
-    Args:
-        words: how many words are shown, and how many are the answer. White space is made single blanks.
-
-    Raises:
-        ConfigError: the text has too few words for one.
-    """
-    found = text.split()
-    shown, continued = words
-    last = len(found) - shown - 1
-    if count and last < 0:
-        raise ConfigError(f"a passage takes {shown + 1} words at least, and the text has {len(found)}; leave them out")
-    draw = random.Random(seed)
-    rows = []
-    for i in range(count):
-        start = min(last, int((i + draw.random()) * (last + 1) / count))
-        middle = start + shown
-        question = _CONTINUE[i % len(_CONTINUE)].format(" ".join(found[start:middle]))
-        rows.append({"question": question, "answer": " ".join(found[middle : middle + continued]), "kind": "passage"})
-    return rows
-
-
-def read_questions(path: str | Path) -> tuple[list[Example], list[Row]]:
-    """A user's own file: whole examples in any form that training reads, or ``question`` with or without ``answer``.
-
-    Returns:
-        The examples, and the questions: one of the two is empty.
-
-    Raises:
-        DataError: the file can't be read, is empty, or a record has no question.
-    """
-    records = list(read_rows(str(path), None))
-    if records and "question" not in records[0][1]:
-        return read_examples(str(path)), []
-    rows = []
-    for place, record in records:
-        values = {name: record.get(name) for name in ("question", "answer")}
-        for name, value in values.items():
-            if (value is None and name == "question") or not (value is None or (isinstance(value, str) and value.strip())):
-                raise DataError(f"{place}: {name!r} is {value!r}; expected a text (an answer may be left out)")
-        rows.append({k: v for k, v in values.items() if v is not None} | {"kind": str(record.get("kind") or "given")})
-    return [], rows
-
-
-def examples_of(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Questions and answers as training examples: in the chat template where the tokenizer has one."""
-    if tokenizer.chat_template is None:
-        return read_examples([{"input": asked(tokenizer, r["question"]), "output": f" {r['answer']}"} for r in rows])
-    roles = ("user", "question"), ("assistant", "answer")
-    return read_examples([{"messages": [{"role": who, "content": r[what]} for who, what in roles]} for r in rows])
-
-
 # ---------------------------------------------------------------- asking the model
-
-
-def asked(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """A question as the model is asked it, up to where its answer begins."""
-    if tokenizer.chat_template is None:
-        return f"Question: {question}\nAnswer:"
-    messages = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 @contextmanager
@@ -256,40 +197,21 @@ def in_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
         tuning.detach()
 
 
-def chunks(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> list[str]:
-    """Paragraphs put together to parts of at most ``size`` tokens; one that is longer is halved until it fits."""
-    found: list[str] = []
-    room = 0
-    for piece in (p for paragraph in re.split(r"\n\s*\n", text) for p in _halved(tokenizer, paragraph, size)):
-        needed = _tokens(tokenizer, piece)
-        if found and needed < room:
-            found[-1] += "\n\n" + piece
-            room -= needed + 1
-        elif piece.strip():
-            found.append(piece)
-            room = size - needed
-    return found
-
-
-def _halved(tokenizer: PreTrainedTokenizerBase, paragraph: str, size: int) -> list[str]:
-    words = paragraph.split(" ")
-    if len(words) < 2 or _tokens(tokenizer, paragraph) <= size:
-        return [paragraph]
-    middle = len(words) // 2
-    return [p for half in (words[:middle], words[middle:]) for p in _halved(tokenizer, " ".join(half), size)]
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 def _answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], how: Writing, number: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    chat: bool,
+    how: Writing,
+    number: int,
 ) -> list[str]:
+    """Each up to where the model goes on with something else; empty ones among them."""
     if not questions:
         return []
-    prompts = [asked(tokenizer, q) for q in questions]
-    return [a.strip() for a in _write(model, tokenizer, prompts, how.answer, how, f"{number}/answers")]
+    written = _write(
+        model, tokenizer, [asked(tokenizer, q, chat) for q in questions], how.answer, how, f"{number}/answers"
+    )
+    return [(a if chat else re.split(r"\n\s*\n|\n(?:Question|Answer)\b", a.lstrip())[0]).strip() for a in written]
 
 
 def _write(

@@ -25,7 +25,8 @@ from foreword.data import encode
 from foreword.train import _teacher
 from foreword.train.distill import begun, distill
 from foreword.train.progress import Counting
-from foreword.train.self_study import Writing, examples_of, self_study
+from foreword.train.questions import examples_of
+from foreword.train.self_study import Writing, self_study
 
 TEXT = "\n\n".join(zoo.SENTENCES)
 ARGUMENTS = {"max_steps": 8, "save_steps": 1, "save_total_limit": 2, "per_device_train_batch_size": 4, "seed": 5,
