@@ -120,3 +120,4 @@ def test_a_distillation_killed_in_every_stage_ends_with_the_same_prefix(tmp_path
     assert fw.Prefix.load(out) == fw.Prefix.load(tmp_path / "whole"), told
     for name in ("questions.jsonl", "teacher/teacher.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), told
+    assert not list((out / "teacher").rglob(".*")), told

@@ -12,6 +12,7 @@ has a loss of exactly zero.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def ask(
             for number in wanted:
                 found = _shard(model, [dataset[i] for i in _range(number, dataset)], how, bar)
                 path = _path(folder, number)
-                temporary = path.with_name(f".{path.name}")
+                temporary = path.with_name(f".{path.name}.{os.getpid()}")  # processes of a sharded base all write it
                 save_file(found, temporary)
                 temporary.replace(path)
     finally:

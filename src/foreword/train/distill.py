@@ -115,11 +115,13 @@ def distill(
     folder = out / FOLDER
     if args.process_index == 0:
         begin(folder / NOTE, note, resume, "answers of a teacher")
+        for left in folder.glob("*/.*"):  # by a process that was killed
+            left.unlink()
     _wait(args)
     _place(model, args)
     seq2seq = model.config.is_encoder_decoder
     plain = Collator.for_tokenizer(tokenizer, seq2seq=seq2seq)
-    how = Asking(plain, top, args.per_device_eval_batch_size, args.process_index, args.world_size)
+    how = Asking(plain, top, args.per_device_eval_batch_size, *_place_among(model, args))
     _ask_about_all(model, tokenizer, teacher, sets, folder, how, console)
     _wait(args)
 
@@ -309,6 +311,12 @@ def _ask_about_all(
     for name, part in sets.items():
         with Counting(f"teacher, {name}", shown, len(part)) as bar:
             ask(model, teacher, part, folder / name, how, bar)
+
+
+def _place_among(model: PreTrainedModel, args: PrefixTrainingArguments) -> tuple[int, int]:
+    """This process's number, and how many share the examples; a base in shards takes all processes for each pass."""
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    return (0, 1) if sharded else (args.process_index, args.world_size)
 
 
 def _wait(args: PrefixTrainingArguments) -> None:
