@@ -48,10 +48,11 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         import foreword as fw
+        from foreword.train.questions import context
 
         self.options, self.work = options, work
         self.model, self.tokenizer = fw.load_model("demo")
-        self.text = options.document.read_text(encoding="utf-8")
+        self.text = context(options.document.read_text(encoding="utf-8"))
         lines = options.held_out.read_text(encoding="utf-8").splitlines()
         self.held_out = [(r["question"], r["answer"]) for r in map(json.loads, lines)]
         self.rows: dict[str, dict[str, Any]] = {}
@@ -149,7 +150,7 @@ class Bench:
         known = json.loads(path.read_text())["rows"] if self.options.only and path.exists() else {}
         rows = {**known, **self.rows}
         print("written:", keep(name, {"options": kept, "questions": len(self.held_out), "rows": rows}))
-        if name == "distill":
+        if name == "distill" and rows.keys() >= {"nothing", "all of the text"}:
             print("written:", draw(rows))
 
 

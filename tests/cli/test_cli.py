@@ -49,11 +49,13 @@ def trained(folder, data, tmp_path_factory):
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["", "train", "tune", "generate", "inspect", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "tune", "distill", "generate", "inspect", "demo", "doctor"])
 def test_help_says_what_there_is(command):
     result = CliRunner().invoke(cli.app, [command, "--help"] if command else ["--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    wanted = ("train", "tune", "generate", "inspect", "demo", "doctor") if not command else ("--help", "Usage")
+    wanted = (
+        ("train", "tune", "distill", "generate", "inspect", "demo", "doctor") if not command else ("--help", "Usage")
+    )
     assert all(w in result.stdout for w in wanted)
 
 

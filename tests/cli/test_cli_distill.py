@@ -12,7 +12,7 @@ import foreword as fw
 import zoo
 from foreword.cli import app
 
-DOCUMENT = "\n\n".join(zoo.SENTENCES)
+DOCUMENT = "\n\n".join(zoo.SENTENCES) + "\n\n"
 SMALL = ["--length", "6", "--count", "4", "--passages", "6", "--chunk", "24", "--steps", "5", "--batch-size", "4",
          "--max-length", "64"]  # fmt: skip
 

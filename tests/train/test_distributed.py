@@ -103,6 +103,7 @@ def test_ctrl_c_in_one_process_stops_all_at_the_same_step(tmp_path):
 @pytest.mark.slow
 def test_two_processes_share_the_teacher_and_distil_the_prefix_of_one(tmp_path, monkeypatch):
     import test_distill
+
     from foreword.train import _teacher
 
     torchrun("ddp_distill.py", tmp_path / "two", tmp_path)

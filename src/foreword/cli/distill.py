@@ -83,10 +83,11 @@ def run(
     from foreword.models import load_model
     from foreword.prefix import Prefix
     from foreword.train.distill import begun, check, check_folder, distill
+    from foreword.train.questions import context
 
     console, going_on = Console(stderr=True), resume and (begun(out) or not (out / QUESTIONS).exists())
     check_folder(out, going_on)
-    text = _read(document) if document is not None else None
+    text = context(_read(document)) if document is not None else None
     source = None
     if data is not None:
         source = Source(data, valid, valid_share, column or (), where or (), split, limit, max_length, seed)

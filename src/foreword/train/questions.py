@@ -84,6 +84,11 @@ def examples_of(
 # ---------------------------------------------------------------- asking
 
 
+def context(text: str) -> str:
+    """A text as it stands before a question: with a blank line between them."""
+    return text.rstrip() + "\n\n"
+
+
 def asked(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool = False) -> str:
     """A question as the model is asked it, up to where its answer begins.
 
@@ -98,9 +103,10 @@ def asked(tokenizer: PreTrainedTokenizerBase, question: str, chat: bool = False)
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def wished(tokenizer: PreTrainedTokenizerBase, wish: str, chat: bool) -> str:
-    """A wish for a question, up to where the question begins."""
-    return asked(tokenizer, f"{wish} Write only that.", chat) if chat else f"\n\n{wish}\nQuestion: "
+def wished(tokenizer: PreTrainedTokenizerBase, heading: str, chat: bool) -> str:
+    """The wish for a question under a heading, up to where the question begins."""
+    one = f"Write one question or request that could stand under this heading, and nothing else: {heading}."
+    return asked(tokenizer, one, chat) if chat else f"{heading}:\n\nQuestion: "
 
 
 # ---------------------------------------------------------------- parts

@@ -30,30 +30,34 @@ from foreword.generation import write
 from foreword.train._begun import begin, write_whole
 from foreword.train._teacher import text_teacher
 from foreword.train.progress import Counting
-from foreword.train.questions import Row, asked, chunks, wished
+from foreword.train.questions import Row, asked, chunks, context, wished
 from foreword.tuning import attach
 
-# What the model is asked for, and how what it writes begins: without the first words a small model answers itself.
+# Under which heading the model is asked for a question, and how what it writes begins: small models need both.
 KINDS: Mapping[str, tuple[str, Sequence[str]]] = {
     "question": (
-        "A question about a detail of the text above that the text answers.",
+        "Questions about details of the text above, and answers",
         ("What", "Who", "When", "Which", "How", "Why", "Where", "Does", "Is", "What happens if"),
     ),
     "summarisation": (
-        "A request for a summary of one part of the text above.",
-        ("Summarise", "In a few sentences, what does", "Give a short summary of"),
+        "Requests to summarise one part of the text above, and summaries",
+        (
+            "Summarise what the text says about",
+            "In a few sentences, what does the text say about",
+            "Sum up the part on",
+        ),
     ),
     "structuring": (
-        "A request for some facts of the text above as a list.",
-        ("List", "Make a list of", "Name all"),
+        "Requests for lists of facts of the text above, and the lists",
+        ("List the", "Make a list of the", "Name all"),
     ),
     "use case": (
-        "A question of somebody who needs the text above for their work.",
+        "Questions of people who need the text above for their work, and answers",
         ("Can I", "Do I have to", "What should I do if", "Am I allowed to", "How do I"),
     ),
     "creative": (
-        "An unusual task about the text above.",
-        ("Explain to a child", "Imagine", "Write a short dialogue about", "Compare"),
+        "Unusual tasks about the text above, and what came of them",
+        ("Explain to a child what", "Imagine that", "Write a short dialogue about", "Compare the"),
     ),
 }
 
@@ -66,7 +70,8 @@ class Writing:
         rows: texts at a time, all with the same part of the text before them.
         chunk: tokens of a part of the text that is read at a time.
         question, answer: the most tokens of one.
-        temperature, top_p: of sampling.
+        temperature, top_p: of sampling questions.
+        answer_temperature: of sampling answers, which should keep to the text.
         seed: of what is drawn.
     """
 
@@ -75,6 +80,7 @@ class Writing:
     question: int = 40
     answer: int = 64
     temperature: float = 0.7
+    answer_temperature: float = 0.3
     top_p: float = 0.95
     seed: int = 0
 
@@ -82,11 +88,11 @@ class Writing:
         for name in ("rows", "chunk", "question", "answer"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"Writing({name}={value}); expected 1 or more")
-        if not 0 < self.temperature < float("inf") or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"Writing(temperature={self.temperature}, top_p={self.top_p}); expected a temperature above 0 and a "
-                "share above 0, at most 1"
-            )
+        for name in ("temperature", "answer_temperature"):
+            if not 0 < (heat := getattr(self, name)) < float("inf"):
+                raise ConfigError(f"Writing({name}={heat}); expected a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"Writing(top_p={self.top_p}); expected a share above 0, at most 1")
 
 
 def self_study(
@@ -129,7 +135,7 @@ def self_study(
         openings = [draw.choice(KINDS[kind][1]) for kind in chosen]
         with in_context(model, tokenizer, parts[part]):
             prompts = [wished(tokenizer, KINDS[k][0], chat) + o for k, o in zip(chosen, openings, strict=True)]
-            written = _write(model, tokenizer, prompts, how.question, how, f"{number}/questions")
+            written = _write(model, tokenizer, prompts, how.question, how.temperature, how, f"{number}/questions")
             questions = _usable([o + w for o, w in zip(openings, written, strict=True)], chosen, known)
             answers = _answers(model, tokenizer, [q for q, _ in questions], chat, how, number)
         return [
@@ -190,7 +196,7 @@ def answer_questions(
 @contextmanager
 def in_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[None]:
     """Inside the block the model has read a text; all rows of a batch share it."""
-    tuning = attach(model, text_teacher(model, tokenizer, text))
+    tuning = attach(model, text_teacher(model, tokenizer, context(text)))
     try:
         yield
     finally:
@@ -208,21 +214,26 @@ def _answers(
     """Each up to where the model goes on with something else; empty ones among them."""
     if not questions:
         return []
-    written = _write(
-        model, tokenizer, [asked(tokenizer, q, chat) for q in questions], how.answer, how, f"{number}/answers"
-    )
+    prompts = [asked(tokenizer, q, chat) for q in questions]
+    written = _write(model, tokenizer, prompts, how.answer, how.answer_temperature, how, f"{number}/answers")
     return [(a if chat else re.split(r"\n\s*\n|\n(?:Question|Answer)\b", a.lstrip())[0]).strip() for a in written]
 
 
 def _write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], most: int, how: Writing, what: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    most: int,
+    temperature: float,
+    how: Writing,
+    what: str,
 ) -> list[str]:
     """What the model writes; the same for the same seed, and the random state outside stays."""
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(int.from_bytes(sha256(f"{how.seed}/{what}".encode()).digest()[:7]))
         return write(
-            model, tokenizer, prompts, max_new_tokens=most, do_sample=True, temperature=how.temperature,
+            model, tokenizer, prompts, max_new_tokens=most, do_sample=True, temperature=temperature,
             top_p=how.top_p, top_k=0,
         )  # fmt: skip
 
