@@ -17,12 +17,15 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _measure import RESULTS, keep
+from _measure import keep
 
 ROOT = Path(__file__).parents[1]
+GROUPS = ("contexts", "lengths", "data", "objective")
 IMAGE = ROOT / "docs" / "images" / "distill.png"
 HELD_OUT = Path(__file__).with_name("distill_questions.jsonl")
 
@@ -37,10 +40,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=96, help="questions that the model makes")
     parser.add_argument("--passages", type=int, default=96)
     parser.add_argument("--work", type=Path, help="a folder for the runs, to go on with after an interruption")
-    parser.add_argument("--only", nargs="*", help="some of: contexts, lengths, data, objective")
+    parser.add_argument("--only", nargs="*", choices=GROUPS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        Bench(options, options.work or Path(folder)).run()
+        work = options.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        Bench(options, work).run()
 
 
 class Bench:
@@ -55,32 +60,42 @@ class Bench:
         self.text = context(options.document.read_text(encoding="utf-8"))
         lines = options.held_out.read_text(encoding="utf-8").splitlines()
         self.held_out = [(r["question"], r["answer"]) for r in map(json.loads, lines)]
-        self.rows: dict[str, dict[str, Any]] = {}
+        kept = work / "rows.json"
+        self.rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+        self.name = ""
 
     def run(self) -> None:
-        """All of it; what is done is kept in ``work``."""
+        """All of it. Each row is kept in ``work``, and so is what an interrupted run was at."""
         from foreword import Prefix
 
-        only = self.options.only or ["contexts", "lengths", "data", "objective"]
-        longest = max(self.options.lengths)
+        read, only = partial(Prefix.from_text, self.model, self.tokenizer, self.text), self.options.only or GROUPS
+        longest, both = max(self.options.lengths), ("questions", "passages")
         if "contexts" in only:
-            self.judge("nothing", None)
+            self.row("nothing", lambda: self.judged(None))
             for length in self.options.lengths:
-                self.judge(
-                    f"first {length} tokens", Prefix.from_text(self.model, self.tokenizer, self.text, length=length)
-                )
-            self.judge("all of the text", Prefix.from_text(self.model, self.tokenizer, self.text))
+                self.row(f"first {length} tokens", lambda n=length: self.judged(read(length=n)))
+            self.row("all of the text", lambda: self.judged(read()))
         if "lengths" in only:
             for length in self.options.lengths:
-                self.distilled(f"cartridge of {length}", length, ("questions", "passages"))
+                self.row(f"cartridge of {length}", lambda n=length: self.distilled(n, both))
         if "data" in only:
-            for kind in ("questions", "passages"):
-                self.distilled(f"{kind} only, cartridge of {longest}", longest, (kind,))
+            for kind in both:
+                self.row(f"cartridge of {longest}, {kind} only", lambda k=kind: self.distilled(longest, (k,)))
         if "objective" in only:
-            self.distilled(f"next token instead, {longest}", longest, ("questions", "passages"), teacher=False)
+            name = f"next-token training, {longest} tokens"
+            self.row(name, lambda: self.distilled(longest, both, teacher=False))
         self.report()
 
-    def judge(self, name: str, prefix: Any, **more: Any) -> None:
+    def row(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure it, unless it was."""
+        if name not in self.rows:
+            self.name = name
+            self.rows[name] = measure()
+            (self.work / "rows.json").write_text(json.dumps(self.rows))
+        found = self.rows[name]
+        print(f"{name:40} {found['nll']:.3f}  {found['bytes']:,} bytes", flush=True)
+
+    def judged(self, prefix: Any) -> dict[str, Any]:
         """The held-out answers with a prefix before their questions."""
         import foreword as fw
         from foreword.evaluate.perplexity import text_nll
@@ -94,11 +109,32 @@ class Bench:
         finally:
             if tuning is not None:
                 tuning.detach()
-        self.rows[name] = {
-            "nll": statistics.mean(nlls), "each": nlls, "tokens": prefix.longest if prefix is not None else 0,
-            "bytes": prefix.nbytes if prefix is not None else 0, "seconds": time.perf_counter() - began, **more,
+        size = (prefix.longest, prefix.nbytes) if prefix is not None else (0, 0)
+        spent = time.perf_counter() - began
+        return {"nll": statistics.mean(nlls), "tokens": size[0], "bytes": size[1], "seconds": spent, "each": nlls}
+
+    def distilled(self, length: int, kinds: tuple[str, ...], *, teacher: bool = True) -> dict[str, Any]:
+        """A run, from the text's first tokens, and what the answers come to with it."""
+        import foreword as fw
+        from foreword.train.distill import begun
+        from foreword.train.run import train_prefix
+        from foreword.train.trainer import last_checkpoint
+
+        out = self.work / self.name.replace(",", "").replace(" ", "-")
+        config = fw.PrefixConfig(length=length, init=self.text, freeze_first=True)
+        arguments = {
+            "max_steps": self.options.steps, "per_device_train_batch_size": self.options.batch, "seed": 0,
+            "use_cpu": True, "report_to": "none", "save_steps": 16, "logging_steps": 8,
         }  # fmt: skip
-        print(f"{name:40} {self.rows[name]['nll']:.3f}  {self.rows[name]['bytes']:,} bytes", flush=True)
+        dataset, began = self.examples(kinds), time.perf_counter()
+        common = (config, dataset, out, arguments)
+        if teacher:
+            result = fw.distill(self.model, self.tokenizer, self.text, *common, resume=begun(out))
+        else:
+            result = train_prefix(self.model, self.tokenizer, *common, resume=last_checkpoint(out) is not None)
+        spent, history = time.perf_counter() - began, [(e["step"], e["loss"]) for e in result.history if "loss" in e]
+        about = {"examples": len(dataset), "history": history, "trained_seconds": spent}
+        return {**about, **self.judged(result.prefix)}
 
     def examples(self, kinds: tuple[str, ...]) -> Any:
         """Questions of the model's own and passages, encoded."""
@@ -116,42 +152,14 @@ class Bench:
             rows += passages(self.text, self.options.passages, words=(8, 24))
         return encode(examples_of(rows, self.tokenizer), self.tokenizer, max_length=96)
 
-    def distilled(self, name: str, length: int, kinds: tuple[str, ...], *, teacher: bool = True) -> None:
-        """A run, from the text's first tokens, and what the answers come to with it."""
-        import foreword as fw
-        from foreword.train.distill import begun
-        from foreword.train.run import train_prefix
-
-        out = self.work / name.replace(",", "").replace(" ", "-")
-        config = fw.PrefixConfig(length=length, init=self.text, freeze_first=True)
-        arguments = {
-            "max_steps": self.options.steps, "per_device_train_batch_size": self.options.batch, "seed": 0,
-            "use_cpu": True, "report_to": "none", "save_steps": 16, "logging_steps": 8,
-        }  # fmt: skip
-        dataset, began = self.examples(kinds), time.perf_counter()
-        if (out / "foreword.json").exists():
-            prefix, history = fw.Prefix.load(out), None
-        else:
-            resume = begun(out)
-            common = (config, dataset, out, arguments)
-            result = (
-                fw.distill(self.model, self.tokenizer, self.text, *common, resume=resume)
-                if teacher
-                else train_prefix(self.model, self.tokenizer, *common)
-            )
-            prefix, history = result.prefix, [(e["step"], e["loss"]) for e in result.history if "loss" in e]
-        self.judge(name, prefix, examples=len(dataset), history=history, trained_seconds=time.perf_counter() - began)
-
     def report(self) -> None:
         """The results' file and picture."""
         kept = {k: v for k, v in vars(self.options).items() if k in ("steps", "batch", "lengths", "count", "passages")}
-        name = "distill" if self.options.document == ROOT / "LICENSE" else "distill_other"
-        path = RESULTS / f"{name}.json"
-        known = json.loads(path.read_text())["rows"] if self.options.only and path.exists() else {}
-        rows = {**known, **self.rows}
-        print("written:", keep(name, {"options": kept, "questions": len(self.held_out), "rows": rows}))
-        if name == "distill" and rows.keys() >= {"nothing", "all of the text"}:
-            print("written:", draw(rows))
+        own = self.options.document == ROOT / "LICENSE"
+        record = {"options": kept, "questions": len(self.held_out), "rows": self.rows}
+        print("written:", keep("distill" if own else "distill_other", record))
+        if own and self.rows.keys() >= {"nothing", "all of the text"}:
+            print("written:", draw(self.rows))
 
 
 def draw(rows: dict[str, dict[str, Any]]) -> Path:
@@ -163,7 +171,7 @@ def draw(rows: dict[str, dict[str, Any]]) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for start, label, colour in (("first", "the text's first tokens", "C0"), ("cartridge", "cartridge", "C2")):
-        own = sorted((r["tokens"], r["nll"]) for n, r in rows.items() if n.startswith(start))
+        own = sorted((r["tokens"], r["nll"]) for n, r in rows.items() if n.startswith(start) and "," not in n)
         axes.plot(*zip(*own, strict=True), marker="o", color=colour, label=label)
         for tokens, nll in own:
             axes.annotate(f"{nll:.2f}", (tokens, nll), textcoords="offset points", xytext=(6, 5))
