@@ -5,7 +5,7 @@ makes itself and on passages of the text. Judged by the 32 questions and answers
 written by hand: the negative log-likelihood of the answers, in nats a token, with nothing before the question, with the
 first tokens of the licence, with the cartridge of the same size, and with all of the licence. One seed.
 
-    python benchmarks/distill.py [--steps 64] [--lengths 64 256] [--work DIR] [--only contexts lengths data objective]
+    python benchmarks/distill.py [--steps 64] [--lengths 64 256] [--work DIR] [--only contexts form lengths …]
 
 Another text: --document FILE --held-out FILE.
 """
@@ -25,7 +25,7 @@ from typing import Any
 from _measure import keep
 
 ROOT = Path(__file__).parents[1]
-GROUPS = ("contexts", "lengths", "data", "objective")
+GROUPS = ("contexts", "form", "lengths", "data", "objective")
 IMAGE = ROOT / "docs" / "images" / "distill.png"
 HELD_OUT = Path(__file__).with_name("distill_questions.jsonl")
 
@@ -75,6 +75,9 @@ class Bench:
             for length in self.options.lengths:
                 self.row(f"first {length} tokens", lambda n=length: self.judged(read(length=n)))
             self.row("all of the text", lambda: self.judged(read()))
+        if "form" in only:
+            self.row("nothing, chat template", lambda: self.judged(None, chat=True))
+            self.row("all of the text, chat template", lambda: self.judged(read(), chat=True))
         if "lengths" in only:
             for length in self.options.lengths:
                 self.row(f"cartridge of {length}", lambda n=length: self.distilled(n, both))
@@ -95,7 +98,7 @@ class Bench:
         found = self.rows[name]
         print(f"{name:40} {found['nll']:.3f}  {found['bytes']:,} bytes", flush=True)
 
-    def judged(self, prefix: Any) -> dict[str, Any]:
+    def judged(self, prefix: Any, chat: bool = False) -> dict[str, Any]:
         """The held-out answers with a prefix before their questions."""
         import foreword as fw
         from foreword.evaluate.perplexity import text_nll
@@ -104,8 +107,9 @@ class Bench:
         tuning = fw.attach(self.model, prefix) if prefix is not None else None
         began = time.perf_counter()
         try:
-            prompts = [asked(self.tokenizer, q) for q, _ in self.held_out]
-            nlls = text_nll(self.model, self.tokenizer, [f" {a}" for _, a in self.held_out], prompts=prompts)
+            prompts = [asked(self.tokenizer, q, chat) for q, _ in self.held_out]
+            answers = [a if chat else f" {a}" for _, a in self.held_out]
+            nlls = text_nll(self.model, self.tokenizer, answers, prompts=prompts)
         finally:
             if tuning is not None:
                 tuning.detach()
