@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from foreword.sites import Site, sites
     from foreword.storage import Storage
     from foreword.train.arguments import PrefixTrainingArguments
+    from foreword.train.distill import distill
     from foreword.train.growth import Growth
     from foreword.train.meta import MetaResult, meta_train
     from foreword.train.meta_config import MetaConfig
@@ -65,6 +66,7 @@ _HOMES = {
     "Storage": "storage",
     "PrefixTrainingArguments": "train.arguments",
     "PrefixTrainer": "train.trainer",
+    "distill": "train.distill",
     "Growth": "train.growth",
     "MetaConfig": "train.meta_config",
     "MetaResult": "train.meta",
@@ -128,6 +130,7 @@ __all__ = [
     "attention_shares",
     "boundary",
     "compress",
+    "distill",
     "load_model",
     "meta_train",
     "sites",

@@ -278,8 +278,11 @@ def _states_of(model: PreTrainedModel, ids: Tensor, chosen: Sequence[Site]) -> S
     inputs: dict[str, Any] = {"input_ids": ids.to(input_device(model))}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    if "attention_mask" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    if "attention_mask" in parameters:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "logits_to_keep" in parameters:  # nobody reads them, and a long text's are larger than the model
+        inputs["logits_to_keep"] = 1
     states: States = {}
 
     def observe(call: Call, _: str) -> None:

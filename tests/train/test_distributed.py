@@ -140,6 +140,28 @@ def test_two_processes_train_the_tasks_of_one_with_the_doubled_batch_and_resume(
 
 
 @pytest.mark.slow
+def test_two_processes_share_the_teacher_and_distil_the_prefix_of_one(tmp_path, monkeypatch):
+    import test_distill
+
+    from foreword.train import _teacher
+
+    torchrun("ddp_distill.py", tmp_path / "two", tmp_path)
+    ranks = [json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in (0, 1)]
+    names = [f"{n:06}.safetensors" for n in range(5)]
+    assert [r["written"] for r in ranks] == [[*names[0::2], names[0]], [*names[1::2], names[1]]]  # train, valid
+    monkeypatch.setattr(_teacher, "SHARD", 4)
+    one = test_distill.run(
+        zoo.build("llama"), tmp_path / "one", data=test_distill.examples(18), valid=test_distill.examples(5),
+        arguments={"per_device_train_batch_size": 6},
+    )  # fmt: skip
+    twice = [fw.Prefix.load(tmp_path / f"prefix-{i}") for i in (0, 1)]
+    assert twice[0] == twice[1] == fw.Prefix.load(tmp_path / "two")
+    assert ranks[0]["losses"] == pytest.approx(test_distill.losses(one), abs=1e-4)
+    for site in one.prefix.keys:
+        torch.testing.assert_close(twice[0].values[site], one.prefix.values[site], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [None, "fsdp2.yaml"])
 def test_a_base_sharded_by_fsdp2_trains_the_prefix_of_one_process(config, tmp_path):
     pytest.importorskip("transformers.distributed", reason="this transformers does not shard while loading")

@@ -100,3 +100,25 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
         record = json.loads(result.stdout)
         assert record["steps"] == 150 and not record["interrupted"]
     assert same(fw.Prefix.load(out), fw.Prefix.load(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_distillation_killed_in_every_stage_ends_with_the_same_prefix(tmp_path):
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import distill_tiny
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    status, _ = distill_tiny.run(tmp_path / "whole", None, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    out, seed = tmp_path / "killed", time.time_ns()
+    process = start(SCRIPTS / "distill_tiny.py", out, seed)
+    printed, err = process.communicate(timeout=400)
+    told = f"seed {seed}\n{printed}\n{err[-3000:]}"
+    assert process.returncode == 0, told
+    killed = [line.split()[0] for line in printed.splitlines() if line.endswith(f" {signal.SIGKILL:d}")]
+    assert set(killed) == {"questions", "teacher", "training"} and len(killed) == 7, told
+    assert fw.Prefix.load(out) == fw.Prefix.load(tmp_path / "whole"), told
+    for name in ("questions.jsonl", "teacher/teacher.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), told
+    assert not list((out / "teacher").rglob(".*")), told

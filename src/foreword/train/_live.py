@@ -207,8 +207,18 @@ def smaller(batch: Mapping[str, Any], rows: int, tokens: int) -> Batch:
                 cut.fill_(1)
                 if not value.all():
                     cut[-1, -1] = 0
+            elif name == "labels":
+                _supervise(cut, value)
         small[name] = cut
     return small
+
+
+def _supervise(cut: Tensor, labels: Tensor) -> None:
+    """Have as large a share of the columns be answers as there is in the whole: they may all stand at its end."""
+    answers = int((labels != -100).any(0).sum())
+    first = cut.shape[1] - max(min(1, answers), round(answers * cut.shape[1] / labels.shape[1]))
+    cut[:, :first] = -100
+    cut[:, first:] = labels.max()
 
 
 def _by_token(tensor: Tensor) -> bool:

@@ -71,6 +71,37 @@ class RichProgress(TrainerCallback):
         self.bar.stop()
 
 
+class Counting:
+    """A bar for work that is counted: ``with Counting("teacher", console, 300) as bar: ... bar.advance(8)``."""
+
+    def __init__(self, label: str, console: Console, total: int, unit: str = "examples") -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self.bar.add_task(label, total=total)
+
+    def __enter__(self) -> Counting:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def skip(self, count: int) -> None:
+        """So many were done before; they don't count for the speed."""
+        self.bar.reset(self._task, completed=count)
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        self.bar.advance(self._task, count)
+
+
 class SearchProgress:
     """Two bars for a search: its budget, and the steps of the trial that is running."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,6 +73,8 @@ def train_prefix(
     label: str = "training",
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    trainer: Callable[..., PrefixTrainer] = PrefixTrainer,
+    collator: Collator | None = None,
 ) -> RunResult:
     """Train a prefix and save it into ``out``; the model is detached again at the end.
 
@@ -84,6 +86,8 @@ def train_prefix(
         arguments: fields of :class:`PrefixTrainingArguments`.
         resume: go on from the last whole checkpoint in ``out``.
         callbacks: strategies (``Growth``, ``LayerByLayer``, ``RollBack``, ``Monitor``), or any of transformers'.
+        trainer: makes the trainer, for a loss of its own.
+        collator: makes its batches; None: padded ids and labels.
 
     Raises:
         ConfigError: ``out`` holds a run already and ``resume`` was not asked for, or the reverse; the tasks of data
@@ -91,32 +95,36 @@ def train_prefix(
         DivergedError: the loss or gradient left the finite; the last good prefix is in ``out/last-good``.
     """
     console = console or Console(stderr=True)
-    _check_out(out, resume, _tasks(what, dataset, valid))
-    args = _arguments(out, arguments, valid is not None)
+    check_out(out, resume, _tasks(what, dataset, valid))
+    args = run_arguments(out, arguments, valid is not None)
     set_seed(args.seed)
     tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
     progress, stop = RichProgress(label, console), StopOnSignal(console)
     try:
-        trainer = _trainer(model, tokenizer, args, dataset, valid, [progress, stop, *callbacks])
+        collate = collator or _collator(model, tokenizer)
+        made = trainer(
+            model, args, train_dataset=dataset, eval_dataset=valid, data_collator=collate,
+            callbacks=[progress, stop, *callbacks],
+        )  # fmt: skip
         for noisy in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(noisy)
+            made.remove_callback(noisy)
         with stop:
-            sharded = trainer.is_distributed_loading_by_transformers or trainer.is_deepspeed_enabled
-            if trainer.args.should_save and not sharded:  # one process alone can't run a step of a sharded model
-                console.print(f"memory: {estimate_memory(trainer).describe()}", highlight=False)
-            trainer.train(resume_from_checkpoint=resume or None)
-        done = trainer.state.global_step
-        evaluated = any("eval_loss" in e and e.get("step") == done for e in trainer.state.log_history)
+            sharded = made.is_distributed_loading_by_transformers or made.is_deepspeed_enabled
+            if made.args.should_save and not sharded:  # one process alone can't run a step of a sharded model
+                console.print(f"memory: {estimate_memory(made).describe()}", highlight=False)
+            made.train(resume_from_checkpoint=resume or None)
+        done = made.state.global_step
+        evaluated = any("eval_loss" in e and e.get("step") == done for e in made.state.log_history)
         if valid is not None and not stop.asked and not evaluated:
-            trainer.evaluate()
+            made.evaluate()
         progress.close()
-        history = list(trainer.state.log_history)
-        tuning.metadata["training"] = trainer._record()
+        history = list(made.state.log_history)
+        tuning.metadata["training"] = made._record()
         prefixes = _baked(tuning, history)
-        if trainer.args.should_save:
+        if made.args.should_save:
             for task, prefix in prefixes.items():
                 prefix.save(out / task)
-        return RunResult(prefixes, history, trainer.state.global_step, stop.asked, tuning.num_parameters)
+        return RunResult(prefixes, history, made.state.global_step, stop.asked, tuning.num_parameters)
     finally:
         progress.close()
         if tuning.attached:
@@ -135,24 +143,15 @@ def memory_of_run(
     tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
     try:
         with TemporaryDirectory() as out:
-            args = _arguments(Path(out), {**arguments, "report_to": "none"}, False)
-            return estimate_memory(_trainer(model, tokenizer, args, dataset, None, []))
+            args = run_arguments(Path(out), {**arguments, "report_to": "none"}, False)
+            collator = _collator(model, tokenizer)
+            return estimate_memory(PrefixTrainer(model, args, train_dataset=dataset, data_collator=collator))
     finally:
         tuning.detach()
 
 
-def _trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: PrefixTrainingArguments,
-    dataset: Examples,
-    valid: Examples | None,
-    callbacks: list[TrainerCallback],
-) -> PrefixTrainer:
-    collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
-    return PrefixTrainer(
-        model, args, train_dataset=dataset, eval_dataset=valid, data_collator=collator, callbacks=callbacks
-    )
+def _collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+    return Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
 
 
 def _tasks(what: Config | Prefix | Sequence[Config | Prefix], *data: Examples | None) -> Sequence[str]:
@@ -171,7 +170,8 @@ def _tasks(what: Config | Prefix | Sequence[Config | Prefix], *data: Examples | 
     return tasks
 
 
-def _check_out(out: Path, resume: bool, tasks: Sequence[str]) -> None:
+def check_out(out: Path, resume: bool, tasks: Sequence[str] = ()) -> None:
+    """Raise ConfigError unless a run can be begun in the folder, or gone on with."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; give the name of a folder for the prefix")
     if ours := next((task for task in tasks if _OURS.fullmatch(task)), None):
@@ -204,7 +204,8 @@ def _baked(tuning: Tuning, history: list[dict[str, Any]]) -> dict[str, Prefix]:
     return prefixes
 
 
-def _arguments(out: Path, arguments: dict[str, Any], evaluates: bool) -> PrefixTrainingArguments:
+def run_arguments(out: Path, arguments: dict[str, Any], evaluates: bool) -> PrefixTrainingArguments:
+    """Those of a run in a folder: ours where none are given."""
     defaults: dict[str, Any] = {
         "output_dir": str(out),
         "disable_tqdm": True,
