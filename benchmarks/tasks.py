@@ -16,11 +16,10 @@ import argparse
 import json
 import random
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
-from _measure import keep
+from _measure import RESULTS, keep
 
 LENGTH, LONGEST = 18, 48  # virtual tokens; tokens of a row
 TEXTS = {
@@ -47,6 +46,9 @@ def variants() -> dict[str, dict]:
         "one run, alike, penalty 10": {"config": own, "sampling": "uniform", "orthogonality": 10.0},
         "one run, alike, random start": {"config": random_start, "sampling": "uniform"},
         "one run, alike, orthogonal start": {"config": {**random_start, "init": "orthogonal"}, "sampling": "uniform"},
+        "one run, alike, random start around 0": {
+            "config": {**random_start, "init": "orthogonal"}, "sampling": "uniform", "redrawn": True
+        },
     }  # fmt: skip
 
 
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=21)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--held-out", type=int, default=20, help="examples of each task")
-    parser.add_argument("--only", nargs="*", help="names of variants, or 'starts', 'separate'")
+    parser.add_argument("--only", nargs="*", help="names of variants, or 'starts', 'separate'; other rows stay")
     options = parser.parse_args()
 
     import foreword as fw
@@ -75,7 +77,8 @@ def main() -> None:
             data[task] = encode(
                 read_examples([rows_of[i] for i in short[: sizes[task]]]), tokenizer, max_length=LONGEST
             )
-    rows: dict[str, dict] = {}
+    path = RESULTS / "tasks.json"
+    rows: dict[str, dict] = json.loads(path.read_text(encoding="utf-8"))["rows"] if options.only else {}
 
     def measured(name: str, run: dict, prefixes: dict) -> None:
         rows[name] = {**run, **told(model, tokenizer, valid, prefixes, name)}
@@ -84,15 +87,16 @@ def main() -> None:
 
     if not options.only or "starts" in options.only:
         texts = {t: fw.Prefix.from_text(model, tokenizer, text, length=LENGTH) for t, text in TEXTS.items()}
-        measured("the texts, untrained", {"parameters": 0, "seconds": 0.0}, texts)
+        measured("the texts, untrained", {"parameters": 0}, texts)
     if not options.only or "separate" in options.only:
         made = {task: separate(model, tokenizer, task, train[task], options) for task in TEXTS}
-        measured("separate runs", total([run for run, _ in made.values()]), {t: p for t, (_, p) in made.items()})
+        trained = sum(run["parameters"] for run, _ in made.values())
+        measured("separate runs", {"parameters": trained}, {t: p for t, (_, p) in made.items()})
     for name, variant in variants().items():
         if options.only and name not in options.only:
             continue
         measured(name, *together(model, tokenizer, variant, train, options))
-    kept = {k: v for k, v in vars(options).items() if k not in TEXTS}  # not where they stood
+    kept = {k: v for k, v in vars(options).items() if k not in (*TEXTS, "only")}  # not where they stood
     print("written:", keep("tasks", {"options": kept, "sizes": SIZES, "rows": rows}))
 
 
@@ -118,17 +122,13 @@ def separate(model, tokenizer, task: str, data, options) -> tuple[dict, object]:
     return run, prefix
 
 
-def total(runs: list[dict]) -> dict:
-    return {"parameters": sum(r["parameters"] for r in runs), "seconds": sum(r["seconds"] for r in runs)}
-
-
 def together(model, tokenizer, variant: dict, train: dict, options) -> tuple[dict, dict]:
     """One run for all tasks."""
     import foreword as fw
 
     config = fw.PrefixConfig(tasks=tuple(TEXTS), **variant["config"])
     data = fw.TaskMixture(train, sampling=variant.get("sampling", "size"))
-    run, tuning = train_one(model, tokenizer, config, data, options.steps, options, variant.get("orthogonality", 0.0))
+    run, tuning = train_one(model, tokenizer, config, data, options.steps, options, variant)
     prefixes = {task: tuning.bake(task=task) for task in TEXTS}
     tuning.detach()
     return {**run, "drawn": drawn(data, options)}, prefixes
@@ -142,22 +142,35 @@ def drawn(data, options) -> dict[str, int]:
     return {task: names.count(task) for task in data.tasks}
 
 
-def train_one(model, tokenizer, config, data, steps: int, options, orthogonality: float = 0.0) -> tuple[dict, object]:
+def train_one(model, tokenizer, config, data, steps: int, options, variant: dict | None = None) -> tuple[dict, object]:
     import foreword as fw
     from foreword.data import Collator
 
+    variant = variant or {}
     tuning = fw.attach(model, config, tokenizer=tokenizer)
+    if variant.get("redrawn"):
+        redraw(tuning)
     with tempfile.TemporaryDirectory() as folder:
         arguments = fw.PrefixTrainingArguments(
             output_dir=str(Path(folder) / "run"), max_steps=steps, per_device_train_batch_size=options.batch, seed=0,
             use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
-            orthogonality=orthogonality,
+            orthogonality=variant.get("orthogonality", 0.0),
         )  # fmt: skip
         collator = Collator.for_tokenizer(tokenizer)
         trainer = fw.PrefixTrainer(model, arguments, train_dataset=data, data_collator=collator)
-        began = time.perf_counter()
         trainer.train()
-    return {"parameters": tuning.num_parameters, "seconds": round(time.perf_counter() - began, 1)}, tuning
+    return {"parameters": tuning.num_parameters}, tuning
+
+
+def redraw(tuning) -> None:
+    """Random numbers of the same size by head and dimension, around 0 as well, and not orthogonal."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tuning.parameters():  # (tasks, heads, tokens, dimensions)
+            size = parameter.square().mean((0, 2), keepdim=True).sqrt()
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
 def told(model, tokenizer, valid: dict, prefixes: dict, name: str) -> dict:

@@ -129,7 +129,7 @@ def test_what_the_optimizer_knows_of_the_old_tokens_is_kept(config, tmp_path):
             super().on_evaluate(args, state, control, optimizer=optimizer, **kwargs)
             if self.tuning.encoder.active == active:
                 return
-            by_token = {id(p) for p in self.tuning.encoder.by_token()}
+            by_token = {id(p) for _, p in self.tuning.encoder.by_token()}
             old = active - (1 if config.get("freeze_first") else 0)
             for parameter, states in before.items():
                 for name, value in states.items():

@@ -104,7 +104,8 @@ class Interference:
                     fontweight="bold" if own_cell else "normal",
                 )  # fmt: skip
                 if own_cell:
-                    axes.add_patch(Rectangle((p - 0.5, t - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2))
+                    frame = Rectangle((p - 0.47, t - 0.47), 0.94, 0.94, fill=False, edgecolor="black", linewidth=2)
+                    axes.add_patch(frame)
         axes.axvline(columns - 1.5, color="white", linewidth=4)
         axes.set_xticks(range(columns), [*self.prefixes, f"{BASE}\n(base model)"])
         axes.set_yticks(range(rows), self.tasks)
