@@ -83,7 +83,8 @@ def test_it_prints_a_line_a_task_and_resumes(run, folder, data, other, tmp_path)
 @pytest.mark.parametrize("how", [
     ("--init", "orthogonal"), ("--share-keys", "--sampling", "uniform"), ("--valid-share", 0.3, "--eval-every", 2),
     ("--task-init", "film=The film is a lovely old confection", "--common", 1, "--length", 4),
-    ("--method", "prefix", "--method", "memory"), ("--grow-from", 2, "--valid-share", 0.3, "--eval-every", 1, "--steps", 24),
+    ("--method", "prefix", "--method", "memory"),
+    ("--grow-from", 2, "--valid-share", 0.3, "--eval-every", 1, "--steps", 24),
 ])  # fmt: skip
 def test_train_takes_the_configuration(run, folder, data, other, tmp_path, how):
     code, out, err = run(*train(folder, data, other, tmp_path / "o", *how, "--json"))
