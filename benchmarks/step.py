@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from contextlib import contextmanager
 
-from _measure import keep, plainly, ratios, take_turns
+from _measure import hold_memory, keep, plainly, ratios, take_turns
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="with --methods: these beside the plain prefix, printed and not kept")
     options = parser.parse_args()
 
+    hold_memory()
     import torch
 
     import foreword as fw
@@ -90,7 +91,7 @@ def main() -> None:
         wanted = methods(options.length)
         names = [against, *options.only] if options.only else wanted
         variants = {n: with_prefix(wanted[n]) for n in names}
-    result = ratios(take_turns(variants, rounds=options.rounds), against)
+    result = ratios(take_turns(variants, rounds=options.rounds, settle=int(options.methods)), against)
     print(f"batch {options.batch} x {options.tokens} tokens, {options.length} virtual tokens; ratios to the {against}")
     for name, ratio in result.items():
         print(f"{name:34} {ratio:.3f}")
@@ -105,6 +106,7 @@ def methods(length: int) -> dict:
     plain = {"length": length, "init": "random"}
     return {
         "plain prefix": fw.PrefixConfig(**plain),
+        "plain prefix, again": fw.PrefixConfig(**plain),  # how much of a ratio is noise
         "infix": fw.PrefixConfig(**plain, visible="infix:1"),
         "first half": fw.PrefixConfig(**plain, visible="first:64"),
         "weight per head": fw.PrefixConfig(**plain, gate="head"),

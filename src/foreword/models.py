@@ -74,7 +74,7 @@ def load_model(
         settings["attn_implementation"] = attn
     where = _resolve_device(device)
     if quantize is not None:
-        from .quantized import quantization_config
+        from .quantized import give_back_memory, quantization_config
 
         settings["quantization_config"] = quantization_config(quantize)
         if where is not None:
@@ -89,6 +89,8 @@ def load_model(
 
     tokenizer = _read("AutoTokenizer", source, local)
     model, info = _read(KINDS[kind], source, local, output_loading_info=True, **settings)
+    if quantize is not None:
+        give_back_memory()
     missing = sorted(info["missing_keys"])
     # A missing head would be filled with random numbers. Encoders often lack an unused pooler: they may.
     if missing and kind != "encoder":
