@@ -66,7 +66,7 @@ def text_nll(
     # Texts of like length share a batch, so that little is computed on padding.
     rows.sort(key=lambda row: len(row.ids), reverse=True)
     result = [math.nan] * len(rows)
-    with _eval_mode(model):
+    with eval_mode(model):
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             for row, nll in zip(batch, _score(model, batch), strict=True):
@@ -161,7 +161,7 @@ def _token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode for a while; each submodule gets back the mode it had (a caller may have mixed them)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
