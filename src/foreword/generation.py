@@ -31,6 +31,8 @@ def write_on(
     device = input_device(model)
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    if options.get("stop_strings"):
+        options["tokenizer"] = tokenizer  # generate asks for it, to know which tokens the strings may be part of
     with torch.no_grad():
         output = cast(Any, model).generate(ids, attention_mask=mask, pad_token_id=pad, **options)
     start = 0 if model.config.is_encoder_decoder else longest

@@ -151,7 +151,9 @@ def prompt_ids(
             before, body, after = body[:opening], body[opening:], []
         found.append([*before, *(body if max_length is None else _last(body, max_length)), *after])
         if not found[-1]:
-            raise DataError(f"{name} is empty, and this tokenizer opens no text by itself; give it a text to go on from")
+            raise DataError(
+                f"{name} is empty, and this tokenizer opens no text by itself; give it a text to go on from"
+            )
     return found
 
 
@@ -298,6 +300,7 @@ def _rendered(
             "tokenizer.chat_template, or give the data as input and output."
         )
     try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=generate))
+        plain = [dict(m) for m in messages]
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate))
     except Exception as error:  # a template may raise anything, from its own complaints to type errors
         raise DataError(f"{source}: the chat template refuses this conversation: {error}") from error

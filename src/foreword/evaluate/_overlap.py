@@ -154,7 +154,7 @@ def nist(given: Given) -> Counts:
     for row, prediction, refs in zip(rows, given.predictions, references, strict=True):
         words = tokenise(prediction).split()
         for n in range(1, _NIST_ORDER + 1):
-            grams, allowed = _grams(words, n), _most(_grams(r, n) for r in refs)
+            grams, allowed = ngrams(words, n), _most(ngrams(r, n) for r in refs)
             row[n - 1] = sum(min(c, allowed[g]) * information[g] for g, c in grams.items() if g in allowed)
             row[_NIST_ORDER + n - 1] = max(0, len(words) - n + 1)
         row[-2:] = len(words), sum(map(len, refs)) / len(refs)
@@ -176,7 +176,7 @@ def _information(references: Sequence[Words]) -> dict[tuple[str, ...], float]:
     counts: Grams = Counter()
     for words in references:
         for n in range(1, _NIST_ORDER + 1):
-            counts.update(_grams(words, n))
+            counts.update(ngrams(words, n))
     total = sum(map(len, references))
     return {g: math.log2((counts[g[:-1]] if len(g) > 1 else total) / c) for g, c in counts.items()}
 
@@ -214,7 +214,7 @@ def cider(given: Given) -> Counts:
 
 
 def _orders(words: Words) -> list[Grams]:
-    return [_grams(words, n) for n in range(1, _CIDER_ORDER + 1)]
+    return [ngrams(words, n) for n in range(1, _CIDER_ORDER + 1)]
 
 
 def _clipped_cosine(one: dict[tuple[str, ...], float], other: dict[tuple[str, ...], float]) -> float:
@@ -230,7 +230,7 @@ def caption_words(text: str) -> list[str]:
     return _CAPTION_WORD.findall(text.lower())
 
 
-def _grams(words: Words, n: int) -> Grams:
+def ngrams(words: Words, n: int) -> Grams:
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
