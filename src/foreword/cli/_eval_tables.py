@@ -13,15 +13,16 @@ from foreword.cli._shared import print_json
 def show(record: dict[str, Any], out: Path | None) -> None:
     """The metrics of an evaluation, with intervals, and beside another run where it was compared."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     compared = record["against"] is not None
-    table = Table("metric", "value", "95 % interval", *(("less the other", "95 % interval", "p") if compared else ()))
+    more = ("less the other", "p") if compared else ()
+    table = Table(*(Column(c, no_wrap=True) for c in ("metric", "value", "95 % interval", *more)))
     for name, m in record["metrics"].items():
-        row = [name, _number(m["value"], m["unit"]), _range(m, m["unit"])]
+        row = [name, _number(m["value"], m["unit"]), _range(m)]
         if compared:
             d = m["against"]
-            row += [f"{d['difference']:+.2f}", _range(d, ""), "" if d["p"] is None else f"{d['p']:.3f}"]
+            row += [f"{d['difference']:+.2f}", "" if d["p"] is None else f"{d['p']:.3f}"]
         table.add_row(*row)
     console = Console()
     console.print(f"{record['examples']} examples of {record['data']}", highlight=False, markup=False)
@@ -69,5 +70,7 @@ def _number(value: float | None, unit: str) -> str:
     return "not defined" if value is None else f"{value:.2f}{' %' if unit == '%' else ''}"
 
 
-def _range(record: dict[str, Any], unit: str) -> str:
-    return "" if record["low"] is None else f"{record['low']:.2f} to {_number(record['high'], unit)}"
+def _range(record: dict[str, Any]) -> str:
+    if record["low"] is None or record["high"] is None:
+        return ""
+    return f"{record['low']:.2f} to {record['high']:.2f}"

@@ -7,8 +7,9 @@ Only then is a model loaded.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,9 +181,10 @@ class Evaluation:
         from foreword.fingerprint import Fingerprint
 
         assert loaded is not None and self.writer is not None
+        base = Fingerprint.of(loaded[0]).to_json()
         files = [(folder / "prefix.safetensors").read_bytes() for folder in self.writer.prefixes]
         return about | {
-            "base": Fingerprint.of(loaded[0]).to_json(), "dtype": str(loaded[0].dtype),
+            "base": base | {"weights": _digest([json.dumps(base["weights"])])}, "dtype": str(loaded[0].dtype),
             "prefixes": [hashlib.sha256(content).hexdigest() for content in files], "strength": self.writer.strength,
             "decoding": self.writer.how.to_json(), "batch_size": self.writer.batch_size,
         }  # fmt: skip
@@ -247,5 +249,5 @@ def _silent() -> AbstractContextManager[Callable[[int, int], None]]:
     return nullcontext(lambda done, total: None)
 
 
-def _digest(texts: Any) -> str:
+def _digest(texts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()

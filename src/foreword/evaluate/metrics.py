@@ -260,9 +260,10 @@ def check(
 
 
 def known(name: str) -> Metric:
-    """The metric of a name. Raises ConfigError with the nearest names for an unknown one."""
-    if name in METRICS:
-        return METRICS[name]
+    """The metric of a name, in upper or lower case. Raises ConfigError with the nearest names for an unknown one."""
+    for metric in METRICS.values():
+        if metric.name.lower() == name.lower():
+            return metric
     near = difflib.get_close_matches(name.lower().replace("_", "-"), METRICS, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(METRICS)}"
     raise ConfigError(f"no metric is called {name!r}; {hint}")

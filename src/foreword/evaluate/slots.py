@@ -60,7 +60,8 @@ _SAID: dict[str, dict[str, tuple[str, ...]]] = {
         "low": (
             rf"\b(?:low|poor|bad)(?:ly|er)?[- ]{_RATING}", rf"\b(?:1|one){_STARS}", r"\b1 ?/ ?5\b",
             r"\b(?:1|one)[- ]stars?\b", rf"{_RATED} (?:low|poor(?:ly)?|badly|1|one)\b",
-            r"\bnot (?:well|highly)[- ]rated", rf"(?:\bnot|n't) (?:have |got |get )?(?:an? )?(?:very )?(?:good|high|great) {_RATING}",
+            r"\bnot (?:well|highly)[- ]rated",
+            rf"(?:\bnot|n't) (?:have |got |get )?(?:an? )?(?:very )?(?:good|high|great) {_RATING}",
         ),
         "average": (
             rf"\baverage(?:ly)?[- ]{_RATING}", r"\baverage customer", rf"\b(?:3|three){_STARS}", r"\b3 ?/ ?5\b",
