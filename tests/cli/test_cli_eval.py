@@ -186,6 +186,8 @@ def test_a_csv_with_a_reference_a_row_is_grouped(run, tmp_path):
         (("--data", "DATA", "--metrics", "bleu", "--predictions", "SAID", "--against", "TMP", "--intervals", 0),
          "--intervals 1 or more"),
         (("--harness", "arc_easy"), "give it --model"),
+        (("--harness", "arc_easy", "--model", "nowhere", "--out", "TMP"), "is not empty"),
+        (("--harness", "arc_easy", "--model", "nowhere", "--prefix", "TMP"), "foreword.json"),
         (("--harness", "arc_easy", "--model", "demo", "--data", "DATA"), "brings its own data"),
     ],
 )  # fmt: skip

@@ -58,3 +58,13 @@ def test_sentiment_is_the_share_that_reads_as_wanted():
     found = score(texts, metrics=["sentiment"], labels=["positive", "NEG", "0", " 0 "], judge=judge)["sentiment"]
     assert found.value == 75 and found.per_example == (100, 100, 0, 100)
     assert "right on 87.5% of 100 held-out reviews" in found.note
+
+
+@pytest.mark.slow
+def test_the_judge_is_trained_on_the_packaged_reviews_by_itself():
+    texts = ["A delight from start to end, with a wonderful cast.", "A dull waste of two hours, badly acted."] * 2
+    labels = ["positive", "negative", "negative", "positive"]
+    found = score(texts, metrics=["sentiment"], labels=labels, intervals=100)["sentiment"]
+    assert found.value == 50 and found.per_example == (100, 100, 0, 0) and found.low < 50 < found.high
+    accuracy = float(found.note.split("right on ")[1].split("%")[0])
+    assert 78 < accuracy < 90

@@ -183,13 +183,16 @@ def _harness(
     from foreword.evaluate.run import Folder, finite
     from foreword.models import load_model
 
+    if out is not None:
+        Folder(out).require(resume=False)
+    prefixes = load_prefixes(folders)
     base, tokenizer = load_model(model, dtype=dtype)
     options: dict[str, Any] = {"shots": shots, "limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
     result = evaluate_tasks(
         base,
         tokenizer,
         list(tasks),
-        prefix=load_prefixes(folders) or None,
+        prefix=prefixes or None,
         trust_code=trust_code,
         force=force,
         **options,
