@@ -115,7 +115,7 @@ def test_a_model_writes_and_is_scored_and_compared(run, data, folder, prefix, tm
     assert record["metrics"]["distinct-2"]["against"]["p"] is None
     assert record["run"]["decoding"]["beams"] == 5 and len(record["run"]["prefixes"]) == 1
     code, out, _ = run(*common[:-3], "--resume", "--out", tuned, "--prefix", prefix, "--against", base)
-    assert code == 0 and "less the other" in out
+    assert code == 0 and "less the other" in out and "with 6 examples the p-values say little" in out
 
 
 def test_a_finished_run_is_scored_again_without_writing(run, data, folder, tmp_path):

@@ -151,15 +151,16 @@ def test_an_infix_is_refused(base, task):
 
 
 def test_a_task_file_that_names_code_is_not_run(base, tmp_path, task):
-    (tmp_path / "code.py").write_text("open('ran', 'w')\ndef text(doc): return doc['text']\n")
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef text(doc): return doc['text']\n")
     content = task.read_text().replace('doc_to_text: "{{text}}"', "doc_to_text: !function code.text")
     (tmp_path / "inner.yaml").write_text(content)
     (tmp_path / "outer.yaml").write_text("include: inner.yaml\ntask: outer\n")
     for name in ("inner.yaml", "outer.yaml"):
         with pytest.raises(ConfigError, match=r"inner\.yaml names Python functions.*--trust-code"):
             evaluate_tasks(*base, tmp_path / name)
+    assert not (tmp_path / "ran").exists()
     found = evaluate_tasks(*base, tmp_path / "inner.yaml", trust_code=True, limit=2)
-    assert found["tasks"]["film"]["acc"]["value"] in (0, 0.5, 1)
+    assert found["tasks"]["film"]["acc"]["value"] in (0, 0.5, 1) and (tmp_path / "ran").exists()
 
 
 def test_what_cannot_be_loaded_is_said(base, tmp_path, task):

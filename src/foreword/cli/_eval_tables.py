@@ -9,6 +9,9 @@ import typer
 
 from foreword.cli._shared import print_json
 
+# Below so many examples the bootstrap takes the ones that happen to be there for all there are.
+_FEW = 30
+
 
 def show(record: dict[str, Any], out: Path | None) -> None:
     """The metrics of an evaluation, with intervals, and beside another run where it was compared."""
@@ -30,6 +33,8 @@ def show(record: dict[str, Any], out: Path | None) -> None:
     for name, m in record["metrics"].items():
         if m["note"]:
             console.print(f"{name}: {m['note']}", style="dim", highlight=False, markup=False)
+    if compared and record["examples"] < _FEW:
+        console.print(f"with {record['examples']} examples the p-values say little", highlight=False)
     if out is not None:
         typer.echo(f"written: {out}")
 
