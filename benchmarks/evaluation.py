@@ -29,8 +29,8 @@ START = (
     "These are facts about a place to eat, and here is a sentence for its guests that tells all of them, "
     "one by one, in plain words:"
 )
-METRICS = ("bleu-lower", "nist", "rougeL-coco", "cider", "similarity", "slot-coverage", "slot-invented", "slot-error",
-           "perplexity", "distinct-2")  # fmt: skip
+METRICS = ("bleu-lower", "nist", "rougeL-coco", "cider", "similarity", "slot-coverage", "slot-hallucinated",
+           "slot-error", "perplexity", "distinct-2")  # fmt: skip
 
 
 def published(valid: Path, outputs: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def slots(valid: Path) -> dict[str, float]:
     from foreword.evaluate.metrics import score
 
     pairs = [(r, t.input) for t in read_tasks(valid) for r in t.references]
-    names = ("slot-coverage", "slot-invented", "slot-error")
+    names = ("slot-coverage", "slot-hallucinated", "slot-error")
     scores = score([r for r, _ in pairs], metrics=names, inputs=[i for _, i in pairs])
     return {"references": len(pairs), **{n: s.value for n, s in scores.items()}}
 

@@ -144,7 +144,7 @@ def test_a_task_names_its_metrics_and_labels_can_be_given(run, tmp_path):
     assert code == 0, err
     found = json.loads(out)["metrics"]
     assert found["slot-coverage"]["value"] == pytest.approx(100 * 4 / 6)
-    assert found["slot-invented"]["value"] == pytest.approx(200 / 3) and not found["slot-error"]["higher_is_better"]
+    assert found["slot-hallucinated"]["value"] == pytest.approx(200 / 3) and not found["slot-error"]["higher_is_better"]
     code, _, err = run("--data", data, "--predictions", said, "--metrics", "sentiment")
     assert code == 1 and "sentiment needs labels" in err
     code, _, err = run("--data", data, "--predictions", said, "--metrics", "sentiment", "--wanted", "so-so")

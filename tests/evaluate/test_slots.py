@@ -54,7 +54,7 @@ def one(text, table=TABLE, *others):
 @given(tables)
 def test_a_text_that_says_all_says_nothing_else(table):
     found = one(told(table), written(table))
-    assert found.slots == len(table) and not found.missing and not found.invented
+    assert found.slots == len(table) and not found.missing and not found.hallucinated
 
 
 @given(tables, st.sampled_from(sorted(set(VALUES) - {"name"})))
@@ -63,7 +63,7 @@ def test_a_sentence_left_out_is_missing_and_one_too_many_is_invented(table, slot
     less = {k: v for k, v in whole.items() if k != slot}
     assert [s for s, _ in one(told(less), written(whole)).missing] == [slot]
     wrong = judge([told(whole)] * 2, [written(less), written(whole)])[0]
-    assert len(wrong.invented) == 1 and wrong.invented[0][0] == ("name" if slot == "near" else slot)
+    assert len(wrong.hallucinated) == 1 and wrong.hallucinated[0][0] == ("name" if slot == "near" else slot)
 
 
 @given(tables, st.randoms(use_true_random=False))
@@ -74,7 +74,7 @@ def test_the_order_of_slots_does_not_matter(table, chance):
 
 
 @pytest.mark.parametrize(
-    ("text", "missing", "invented"),
+    ("text", "missing", "hallucinated"),
     [
         # Wordings of E2E's references for the same table.
         ("The Eagle is an inexpensive French café by the river near the Café Rouge. It is rated 1 out of 5 and "
@@ -97,25 +97,25 @@ def test_the_order_of_slots_does_not_matter(table, chance):
          "area eatType", "area"),
     ],
 )  # fmt: skip
-def test_texts_judged_by_hand(text, missing, invented):
+def test_texts_judged_by_hand(text, missing, hallucinated):
     found = one(text, TABLE, "name[Alimentum], food[English]")
     assert " ".join(s for s, _ in found.missing) == missing
-    assert " ".join(s for s, _ in found.invented) == invented
+    assert " ".join(s for s, _ in found.hallucinated) == hallucinated
 
 
 def test_a_name_is_not_a_slot():
     """A curry in a name is not Indian food, and the longest name counts."""
     table = "name[The Golden Curry], near[Raja Indian Cuisine], food[English]"
     found = one("The Golden Curry serves English food near Raja Indian Cuisine.", table, "name[Curry]")
-    assert not found.missing and not found.invented
+    assert not found.missing and not found.hallucinated
 
 
 def test_a_restaurant_claims_nothing_and_tables_of_other_domains_are_read():
-    assert not one("The Eagle is a restaurant.", "name[The Eagle]").invented
+    assert not one("The Eagle is a restaurant.", "name[The Eagle]").hallucinated
     table = "city[San Juan], temperature[12 degrees], windy[yes]"
     found = one("In san juan it will be 12 degrees.", table, "city[Lima], temperature[3 degrees]")
-    assert found.slots == 2 and not found.missing and not found.invented  # a yes cannot be looked for
-    assert one("In Lima it will be 12 degrees.", table, "city[Lima], temperature[3 degrees]").invented == (
+    assert found.slots == 2 and not found.missing and not found.hallucinated  # a yes cannot be looked for
+    assert one("In Lima it will be 12 degrees.", table, "city[Lima], temperature[3 degrees]").hallucinated == (
         ("name", "lima"),
     )
 
@@ -123,9 +123,9 @@ def test_a_restaurant_claims_nothing_and_tables_of_other_domains_are_read():
 def test_the_metrics_are_shares():
     tables = ["name[A One], food[French]", "name[B Two], food[English], area[riverside]"]
     texts = ["A One serves French food.", "B Two serves Italian food."]
-    found = score(texts, metrics=["slot-coverage", "slot-invented", "slot-error"], inputs=tables)
+    found = score(texts, metrics=["slot-coverage", "slot-hallucinated", "slot-error"], inputs=tables)
     assert found["slot-coverage"].value == pytest.approx(100 * 3 / 5)
-    assert found["slot-invented"].value == pytest.approx(50)
+    assert found["slot-hallucinated"].value == pytest.approx(50)
     assert found["slot-error"].value == pytest.approx(100 * (2 + 1) / 5)
 
 
@@ -139,4 +139,4 @@ def test_nonsense_covers_nothing():
     chance = random.Random(0)
     words = ["lorem", "ipsum", "dolor", "sit", "amet", "consectetur"]
     found = one(" ".join(chance.choice(words) for _ in range(50)))
-    assert len(found.missing) == found.slots == 8 and not found.invented
+    assert len(found.missing) == found.slots == 8 and not found.hallucinated

@@ -107,16 +107,16 @@ METRICS: Mapping[str, Metric] = _table(
         early="slots:tables",
     ),
     Metric(
-        "slot-invented",
+        "slot-hallucinated",
         "texts that say what their table does not",
-        "slots:slot_invented",
+        "slots:slot_hallucinated",
         needs=("inputs",),
         higher=False,
         early="slots:tables",
     ),
     Metric(
         "slot-error",
-        "slots missing or invented, by slots",
+        "slots missing or hallucinated, by slots",
         "slots:slot_error",
         needs=("inputs",),
         higher=False,
@@ -160,7 +160,7 @@ METRICS: Mapping[str, Metric] = _table(
 )
 
 TASKS: Mapping[str, tuple[str, ...]] = {
-    "e2e": ("bleu-lower", "nist", "meteor", "rougeL-coco", "cider", "slot-coverage", "slot-invented", "slot-error"),
+    "e2e": ("bleu-lower", "nist", "meteor", "rougeL-coco", "cider", "slot-coverage", "slot-hallucinated", "slot-error"),
     "summary": ("rouge1", "rouge2", "rougeL", "similarity", "distinct-2"),
     "rewrite": ("bleu", "chrf", "similarity", "exact-match"),
     "reviews": ("sentiment", "perplexity-after-input", "distinct-1", "distinct-2", "self-bleu"),

@@ -112,12 +112,12 @@ class Judged:
     Attributes:
         slots: how many slots of the table can be looked for.
         missing: those that the text does not say.
-        invented: what the text says of a slot that the table has otherwise, or not at all.
+        hallucinated: what the text says of a slot that the table has otherwise, or not at all.
     """
 
     slots: int
     missing: tuple[tuple[str, str], ...]
-    invented: tuple[tuple[str, str], ...]
+    hallucinated: tuple[tuple[str, str], ...]
 
 
 def parse_table(text: str) -> dict[str, str]:
@@ -134,7 +134,7 @@ def parse_table(text: str) -> dict[str, str]:
 
 
 def judge(texts: Sequence[str], tables: Sequence[str]) -> list[Judged]:
-    """Each text against its table. Names that other tables have, and its own has not, are invented.
+    """Each text against its table. Names that other tables have, and its own has not, are hallucinated.
 
     Raises:
         DataError: a table has no slot (see :func:`parse_table`).
@@ -151,15 +151,15 @@ def slot_coverage(given: Given) -> Counts:
     return share([j.slots - len(j.missing) for j in each], [j.slots for j in each])
 
 
-def slot_invented(given: Given) -> Counts:
+def slot_hallucinated(given: Given) -> Counts:
     """The share of texts that say anything that their table does not."""
-    return mean([float(bool(j.invented)) for j in _each(given)])
+    return mean([float(bool(j.hallucinated)) for j in _each(given)])
 
 
 def slot_error(given: Given) -> Counts:
-    """The slot error rate (Wen et al. 2015): slots missing and slots invented, by slots of the tables."""
+    """The slot error rate (Wen et al. 2015): slots missing and slots hallucinated, by slots of the tables."""
     each = _each(given)
-    return share([len(j.missing) + len(j.invented) for j in each], [j.slots for j in each])
+    return share([len(j.missing) + len(j.hallucinated) for j in each], [j.slots for j in each])
 
 
 def tables(given: Given) -> list[dict[str, str]]:
@@ -179,14 +179,14 @@ def _judged(text: str, table: dict[str, str], names: Iterable[str]) -> Judged:
             said.add(name)
     wanted_names = {(slot, _plain(v)) for slot, v in table.items() if _is_name(slot, v)}
     missing = [(slot, name) for slot, name in wanted_names if name not in said]
-    invented = [("name", name) for name in said - {name for _, name in wanted_names}]
+    hallucinated = [("name", name) for name in said - {name for _, name in wanted_names}]
     wanted = {slot: _meant(slot, value) for slot, value in table.items() if slot in _SAID}
     for slot in _SAID:
         means = _means(slot, rest)
         if slot in wanted and wanted[slot] not in means:
             missing.append((slot, wanted[slot]))
-        invented += [(slot, m) for m in means if m != wanted.get(slot) and (slot, m) not in _CLAIMS_NOTHING]
-    return Judged(len(wanted_names) + len(wanted), tuple(sorted(missing)), tuple(sorted(invented)))
+        hallucinated += [(slot, m) for m in means if m != wanted.get(slot) and (slot, m) not in _CLAIMS_NOTHING]
+    return Judged(len(wanted_names) + len(wanted), tuple(sorted(missing)), tuple(sorted(hallucinated)))
 
 
 def _means(slot: str, text: str) -> list[str]:
