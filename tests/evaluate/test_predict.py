@@ -81,6 +81,8 @@ def test_texts_end_before_the_stop_text():
         uncut = predict(model, tokenizer, INPUTS, settings=Decoding(max_new_tokens=12, beams=beams))
         found = predict(model, tokenizer, INPUTS, settings=Decoding(max_new_tokens=12, beams=beams, stop=stop))
         assert found == [t.partition(stop)[0] for t in uncut]
+    never = Decoding(max_new_tokens=12, stop="\n")  # no token of this vocabulary has a line end
+    assert predict(model, tokenizer, INPUTS, settings=never) == whole
 
 
 @pytest.mark.parametrize("whose", ["tokenizer", "model"])

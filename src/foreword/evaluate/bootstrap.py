@@ -44,7 +44,8 @@ def paired(one: Counts, other: Counts, resamples: int, seed: int) -> Difference:
     """The paired bootstrap of two runs: both are scored on the same draws.
 
     The p-value is that of sacrebleu's ``--paired-bs`` (Koehn 2004; Riezler & Maxwell 2005): how often the difference
-    of a draw, shifted to mean zero, exceeds the one observed. It is two-sided, and at least 1/(resamples + 1).
+    of a draw, shifted to mean zero, exceeds the one observed. It is two-sided, and at least 1/(resamples + 1). Where
+    there is no difference at all it is 1 (sacrebleu gives the least there).
 
     Raises:
         DataError: the runs have different numbers of examples.
@@ -61,7 +62,7 @@ def paired(one: Counts, other: Counts, resamples: int, seed: int) -> Difference:
     sizes = np.abs(draws)
     beyond = int((sizes - sizes.mean() > abs(observed)).sum())
     low, high = _bounds(draws)
-    return Difference(observed, low, high, (beyond + 1) / (resamples + 1))
+    return Difference(observed, low, high, (beyond + 1) / (resamples + 1) if observed else 1.0)
 
 
 def _drawn(tables: list[Numbers], resamples: int, seed: int) -> Iterator[tuple[Numbers, ...]]:

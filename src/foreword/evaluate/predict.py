@@ -172,12 +172,14 @@ def _written(
     from foreword.generation import write_on
 
     options = settings.options() | _ends(model, tokenizer)
-    if settings.stop is not None and settings.beams == 1:  # among beams, others may still be worth going on with
-        options["stop_strings"] = [settings.stop]
+    stop = settings.stop
+    # Among beams, others may still be worth going on with.
+    if stop and settings.beams == 1 and _can_write(tokenizer, stop):
+        options["stop_strings"] = [stop]
     with torch.random.fork_rng():
         torch.manual_seed(1_000_003 * settings.seed + number)  # a batch's own, whichever ran before it
         texts = write_on(model, tokenizer, rows, **options)
-    return [text if settings.stop is None else text.partition(settings.stop)[0] for text in texts]
+    return [text if stop is None else text.partition(stop)[0] for text in texts]
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -185,3 +187,8 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[st
     own: Any = getattr(model.generation_config, "eos_token_id", None)
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     return {"eos_token_id": sorted(ends)} if ends else {}
+
+
+def _can_write(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the vocabulary has tokens for a text; generate refuses to wait for one that it has not."""
+    return text in tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
