@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._figures import new_figure, save_figure
 from ..errors import ConfigError, DataError
-from .perplexity import _eval_mode
+from .perplexity import eval_mode
 
 if TYPE_CHECKING:
     import torch
@@ -166,7 +166,7 @@ def measure_interference(
     try:
         for name, prefix in prefixes.items():
             library.add(name, prefix)
-        with _eval_mode(model):
+        with eval_mode(model):
             found = {
                 task: _losses(model, library, names, rows, collate, batch_size, done) for task, rows in data.items()
             }
