@@ -150,6 +150,20 @@ def test_an_infix_is_refused(base, task):
         evaluate_tasks(model, tokenizer, task, prefix=prefix)
 
 
+def test_a_task_of_several_is_measured(base, task):
+    model, tokenizer = base
+    tuning = fw.attach(model, fw.PrefixConfig(length=3, init="random", tasks=("film", "food"), seed=1))
+    try:
+        with tuning.given(task="food"):
+            found = evaluate_tasks(model, tokenizer, task, limit=4)["samples"]["film"]
+        baked = tuning.bake(task="food")
+    finally:
+        tuning.detach()
+    alone = evaluate_tasks(model, tokenizer, task, prefix=baked, limit=4)["samples"]["film"]
+    scores = [torch.tensor([s for x in run for ((s, _),) in x["resps"]]) for run in (found, alone)]
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
+
+
 def test_a_task_file_that_names_code_is_not_run(base, tmp_path, task):
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef text(doc): return doc['text']\n")
     content = task.read_text().replace('doc_to_text: "{{text}}"', "doc_to_text: !function code.text")

@@ -15,7 +15,7 @@ from typer import Option
 
 from foreword.cli._eval_tables import show, show_harness, show_metrics
 from foreword.cli._shared import pairs, print_json, quiet
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,16 +135,12 @@ def _bar(console: Console) -> Iterator[Callable[[int, int], None]]:
 
 
 def _names(metrics: str | None, task: str | None) -> list[str]:
-    import difflib
-
     from foreword.evaluate.metrics import TASKS, known
 
     found = [n.strip() for n in (metrics or "").split(",") if n.strip()]
     if task is not None:
         if task not in TASKS:
-            near = difflib.get_close_matches(task, TASKS, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)}"
-            raise ConfigError(f"--task {task}: no such kind of task; {hint}")
+            raise ConfigError(f"--task {task}: no such kind of task; {nearest(task, TASKS, n=2)}")
         found += TASKS[task]
     if not found:
         raise ConfigError(
@@ -178,14 +174,14 @@ def _harness(
     batch_size: int, seed: int, chat: bool, trust_code: bool, dtype: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     quiet()
+    from foreword.conditional import plain_prefixes
     from foreword.evaluate.harness import evaluate_tasks
-    from foreword.evaluate.job import load_prefixes
     from foreword.evaluate.run import Folder, finite
     from foreword.models import load_model
 
     if out is not None:
         Folder(out).require(resume=False)
-    prefixes = load_prefixes(folders)
+    prefixes = plain_prefixes(folders)
     base, tokenizer = load_model(model, dtype=dtype)
     options: dict[str, Any] = {"shots": shots, "limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
     result = evaluate_tasks(

@@ -89,9 +89,11 @@ def evaluate_tasks(
     _check_infix(model, prefix)
     from lm_eval.evaluator import simple_evaluate
 
+    from foreword._attached import attached
+
     with _quietly():
         manager, loaded = _load(asked)
-        with _attached(model, prefix, force):
+        with attached(model, prefix, force=force):
             result = simple_evaluate(
                 lm,
                 tasks=list(loaded.values()),
@@ -184,27 +186,14 @@ def _check_infix(model: PreTrainedModel, prefix: Prefix | Sequence[Prefix] | Non
     from foreword.tuning import tuning_of
 
     given = [prefix] if isinstance(prefix, Prefix) else list(prefix or ())
-    tuning = tuning_of(model)
-    kinds = [p.visible.kind for p in given] + ([tuning.bake().visible.kind] if tuning is not None else [])
-    if "infix" in kinds:
+    rules = [p.visible for p in given]
+    if (tuning := tuning_of(model)) is not None:
+        rules.append(tuning.visible)
+    if "infix" in [rule.kind for rule in rules]:
         raise ConfigError(
             "the harness scores a question and an answer as one text and does not say where the question ends, which "
             'an infix has to know; use a prefix with visible="all", or foreword.evaluate on your own data'
         )
-
-
-@contextmanager
-def _attached(model: PreTrainedModel, prefix: Prefix | Sequence[Prefix] | None, force: bool) -> Iterator[None]:
-    if prefix is None:
-        yield
-        return
-    from foreword.tuning import attach
-
-    tuning = attach(model, prefix, force=force)
-    try:
-        yield
-    finally:
-        tuning.detach()
 
 
 @contextmanager
