@@ -49,7 +49,9 @@ def trained(folder, data, tmp_path_factory):
 # ---------------------------------------------------------------- help
 
 
-COMMANDS = ("train", "tune", "meta", "distill", "compress", "generate", "inspect", "interference", "demo", "doctor")
+COMMANDS = (
+    "train", "tune", "meta", "distill", "compress", "generate", "eval", "inspect", "interference", "demo", "doctor"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
