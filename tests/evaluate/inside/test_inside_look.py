@@ -172,3 +172,29 @@ def test_texts_for_each_kind_of_model():
         inside.batches_of(zoo.build("llama"), zoo.tokenizer(), examples("a film"))
     with pytest.raises(fw.DataError, match="no text"):
         inside.batches_of(zoo.build("llama"), zoo.tokenizer(), [])
+
+
+@pytest.mark.parametrize("kind", ["sequence", "token"])
+def test_classifiers(kind):
+    """Labels that are no tokens, and a head that came with the prefix and stays when the prefix is off."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    made = {"sequence": tf.BertForSequenceClassification, "token": tf.BertForTokenClassification}[kind]
+    model = made(tf.BertConfig(**zoo._ENC, num_labels=3)).eval()
+    data = batch("bert")
+    labels = torch.randint(0, 3, data["labels"].shape)
+    data["labels"] = labels[:, 0] if kind == "sequence" else labels.masked_fill(data["labels"] == -100, -100)
+    prefix = baked(model, "bert", fw.PrefixConfig(length=3, init="random", head=kind))
+    found = inside.look(model, prefix, zoo.tokenizer(), [data])
+    assert found.layers.labels == (3 if kind == "sequence" else 50) and "no vocabulary" in found.words.why
+    tuning = fw.attach(model, prefix)
+    with torch.no_grad():
+        assert found.layers.whole == pytest.approx(float(model(**data).loss), abs=1e-5)
+    tuning.detach()
+    head = inside.methods_of(prefix)["head"]
+    tuning = fw.attach(model, head)
+    with torch.no_grad():
+        assert found.layers.none == pytest.approx(float(model(**data).loss), abs=1e-5)
+    tuning.detach()
+    assert isinstance(found.spectra["head"], inside.Unavailable) and page(found)
