@@ -103,6 +103,7 @@ def trained(name, config, model, tokenizer, train, options, folder: Path, second
 
 def draw(found: Any, spectra: dict[str, Any]) -> None:
     """The pictures of docs/inside.md."""
+    from foreword._figures import save_figure
     from foreword.evaluate.inside import pictures
 
     figures = {
@@ -114,7 +115,7 @@ def draw(found: Any, spectra: dict[str, Any]) -> None:
         "likeness": pictures.draw_likeness(found.similarity["its start"]),
     }  # fmt: skip
     for name, figure in figures.items():
-        pictures.save(figure, IMAGES / f"inside-{name}.png", dpi=90)
+        save_figure(figure, IMAGES / f"inside-{name}.png")
 
 
 def numbers(found: Any, before: Any, spectra: dict[str, Any]) -> dict[str, Any]:

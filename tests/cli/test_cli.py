@@ -49,7 +49,19 @@ def trained(folder, data, tmp_path_factory):
 # ---------------------------------------------------------------- help
 
 
-COMMANDS = ("train", "tune", "meta", "distill", "compress", "generate", "inspect", "look", "interference", "demo", "doctor")
+COMMANDS = (
+    "train",
+    "tune",
+    "meta",
+    "distill",
+    "compress",
+    "generate",
+    "inspect",
+    "look",
+    "interference",
+    "demo",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -113,6 +113,19 @@ def test_gates_are_taken_off():
     assert curve.mean("as trained") == curve.variants["as trained"][names[1]]
 
 
+def test_tokens_that_stand_for_several():
+    """A merged token of weight 2 has the share of two."""
+    model = zoo.build("llama")
+    prefix = baked(model, "llama")
+    twice = replace(prefix, keys={n: k[:, [0, 1, 2, 2]] for n, k in prefix.keys.items()},
+                    values={n: v[:, [0, 1, 2, 2]] for n, v in prefix.values.items()})  # fmt: skip
+    merged = replace(prefix, log_weights={n: torch.tensor([1.0, 1.0, 2.0]).log() for n in prefix.keys})
+    apart, one = (inside.attention_share(model, p, [batch("llama")]) for p in (twice, merged))
+    for a, b in zip(apart.sites, one.sites, strict=True):
+        assert a.heads == pytest.approx(b.heads, abs=1e-5)
+        assert a.tokens[2] + a.tokens[3] == pytest.approx(b.tokens[2], abs=1e-5)
+
+
 def test_an_infix_is_seen_by_the_output_only():
     model = zoo.build("llama")
     prefix = baked(model, "llama", fw.PrefixConfig(length=3, init="random", visible="infix"))

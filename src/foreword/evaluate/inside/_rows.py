@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from foreword._queries import boundary
 from foreword.conditional import part_of
 from foreword.errors import ConfigError, DataError
+from foreword.losses import IGNORED
 from foreword.prefix import Prefix
 from foreword.sites import evaluating
 from foreword.tuning import Tuning, attach
@@ -23,7 +24,6 @@ from foreword.tuning import Tuning, attach
 Row = dict[str, Any]  # the arguments of one forward pass of one text
 Batches = Sequence[Mapping[str, Any]]
 
-IGNORED = -100
 _ALONG = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")  # one entry a token
 
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from foreword import _interface
 from foreword._holder import SiteSlot
 from foreword.errors import DataError
-from foreword.evaluate.inside._rows import IGNORED, Batches, Unavailable, standing, without_cache
+from foreword.evaluate.inside._rows import Batches, Unavailable, standing, without_cache
 from foreword.evaluate.inside.attention import Progress, silent
+from foreword.losses import IGNORED
 from foreword.prefix import Prefix
 from foreword.sites import Site
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from foreword._figures import new_figure
 from foreword.evaluate.inside._rows import labels_of
 from foreword.evaluate.inside.attention import AttentionShare, Dilution
 from foreword.evaluate.inside.layers import LayerLosses
@@ -223,20 +222,11 @@ def svg(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def save(figure: Figure, path: Path, *, dpi: int = 110) -> Path:
-    """As a PNG file, under a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=dpi, format="png")
-    return temporary.replace(path)
-
-
 # ------------------------------------------------------------------------------------------ parts of pictures
 
 
 def _figure(rows: int, columns: int, *, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure: Figure = new_figure(_WIDTH, height)
     return figure, list(np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flatten())
 
 

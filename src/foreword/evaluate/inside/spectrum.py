@@ -113,7 +113,7 @@ def methods_of(prefix: Prefix) -> dict[str, Prefix]:
     bare: dict[str, Any] = {"parts": (), "weights": {}}
     empty: dict[str, Any] = {"keys": {n: k[:, :0] for n, k in prefix.keys.items()},
                              "values": {n: v[:, :0] for n, v in prefix.values.items()},
-                             "bias": {}, "gates": {}, "readings": {}}  # fmt: skip
+                             "bias": {}, "gates": {}, "readings": {}, "log_weights": {}}  # fmt: skip
     found = {}
     if prefix.longest:
         found["virtual tokens"] = replace(prefix, memory={}, memory_up={}, **bare)

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foreword.data import Collator, Example, encode
 from foreword.errors import DataError
-from foreword.evaluate.inside._rows import IGNORED
-from foreword.sites import input_device, sites
+from foreword.losses import IGNORED, to_device
+from foreword.sites import sites
 
 LEAST = 8  # tokens in all, to see anything at all
 _MASKED = 0.15  # of the tokens, for masked language models (as BERT was trained)
@@ -52,8 +52,7 @@ def batches_of(
     tokens = sum(int(b["attention_mask"].sum()) for b in found)
     if tokens < LEAST:
         raise DataError(f"the texts have {tokens} tokens in all; expected {LEAST} or more, so give longer texts")
-    device = input_device(model)
-    return [{n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in b.items()} for b in found]
+    return [to_device(batch, model) for batch in found]
 
 
 def _encoded(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from foreword._offloaded import device_of
 from foreword.errors import UnsupportedModelError
 from foreword.evaluate.inside._rows import Unavailable, without_cache
 from foreword.evaluate.inside._taps import Tap, tapped
@@ -118,10 +119,8 @@ def value_logits(model: PreTrainedModel, prefix: Prefix, site: Site, reader: Rea
     by_head = values.repeat_interleave(site.heads // site.kv_heads, 0)  # each query head its group's value
     joined = by_head.transpose(0, 1).flatten(1)  # (P, H * E)
     out = model.get_submodule(reader.outputs[site.name])
-    weight: Any = out.weight
-    written = out(joined.to(weight.device, model.dtype)[None])  # (1, P, D)
-    if isinstance(bias := getattr(out, "bias", None), Tensor):  # of the layer, not of the token
-        written = written - bias
+    joined = joined.to(device_of(out), model.dtype)[None]
+    written = out(joined) - out(torch.zeros_like(joined))  # (1, P, D), without the bias: that is not the token's
     for name in reader.between:
         written = model.get_submodule(name)(written)
     vocabulary: Any = reader.vocabulary
