@@ -198,3 +198,15 @@ def test_classifiers(kind):
         assert found.layers.none == pytest.approx(float(model(**data).loss), abs=1e-5)
     tuning.detach()
     assert isinstance(found.spectra["head"], inside.Unavailable) and page(found)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_base_whose_weights_are_elsewhere(name):
+    from accelerate import cpu_offload
+
+    model = zoo.build(name)
+    prefix = baked(model, name, [fw.PrefixConfig(length=3, init="random"), fw.MemoryConfig(rank=2)])
+    want = inside.look(model, prefix, zoo.tokenizer(), [batch(name)])
+    away = zoo.build(name)
+    cpu_offload(away, execution_device=torch.device("cpu"))
+    assert inside.look(away, prefix, zoo.tokenizer(), [batch(name)]).to_json() == want.to_json()
