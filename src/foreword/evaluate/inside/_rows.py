@@ -117,11 +117,7 @@ def without_cache(model: PreTrainedModel) -> Row:
 
 
 def grown(model: PreTrainedModel, rows: Sequence[Row], length: int, count: int) -> Row:
-    """A batch of ``count`` texts of ``length`` tokens: each is cut, or goes on with the texts after it.
-
-    Raises:
-        DataError: all texts together are shorter.
-    """
+    """A batch of (at most) ``count`` texts of ``length`` tokens: each cut, or going on with the texts after it."""
     decoding = model.config.is_encoder_decoder
     texts = [_ids(row) for row in rows]
     batch: Row = {"input_ids": _joined(texts, length, count)}
@@ -153,11 +149,6 @@ def _decoder_ids(row: Row) -> Tensor:
 
 def _joined(texts: Sequence[Tensor], length: int, count: int) -> Tensor:
     """``(count, length)``: from different texts on, each followed by those after it."""
-    if (there := sum(map(len, texts))) < length:
-        raise DataError(
-            f"the texts have {there} tokens in all, so none of {length} can be made of them; give more or longer "
-            f"texts, or lengths up to {there}"
-        )
     count = min(count, len(texts))
     starts = [i * len(texts) // count for i in range(count)]
     return torch.stack([torch.cat([*texts[s:], *texts[:s]])[:length] for s in starts])

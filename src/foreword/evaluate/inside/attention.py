@@ -172,12 +172,10 @@ def dilution(
         DataError: the texts together are too short.
         ConfigError: a length that the model can't read.
     """
-    if (without := _no_tokens(prefix)) is not None:
-        return without
     rows = rows_of(model, batches)
-    if (without := _not_texts(model, rows[0])) is not None:
-        return without
-    chosen = _lengths(model, prefix, rows, lengths)
+    chosen = dilution_lengths(model, prefix, rows, lengths)
+    if isinstance(chosen, Unavailable):
+        return chosen
     sites = [s for s in prefix.sites if prefix.length(s.name)]
     todo: dict[str, tuple[Prefix, float]] = {"as trained": (prefix, 1.0)}
     if (ungated := without_gates(prefix)) is not None:
@@ -322,23 +320,32 @@ def _of_whole(share: Tensor | None, site: Site) -> float | None:
     return float(share[..., -1].mean() if site.causal else share.mean())
 
 
-def _lengths(model: PreTrainedModel, prefix: Prefix, rows: Sequence[Row], lengths: Sequence[int] | None) -> list[int]:
-    """Those asked for, or as many as there can be."""
+def dilution_lengths(
+    model: PreTrainedModel, prefix: Prefix, rows: Sequence[Row], lengths: Sequence[int] | None
+) -> list[int] | Unavailable:
+    """Those asked for, or as many as there can be; raises what :func:`dilution` does."""
+    if (without := _no_tokens(prefix) or _not_texts(model, rows[0])) is not None:
+        return without
     there = tokens_in(model, rows)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # Two less: RoBERTa and its kin count from 2.
     reach = positions - prefix.position_offset - 2 if isinstance(positions, int) and positions > 0 else None
-    if lengths is not None:
-        wrong = [n for n in lengths if n < 1 or (reach is not None and n > reach)]
-        if wrong or not lengths:
-            raise ConfigError(
-                f"lengths={list(lengths)}; expected lengths of text from 1 to what {type(model).__name__} reads"
-                + (f", {reach} tokens" if reach is not None else "")
+    if lengths is None:
+        most = min(there, LONGEST, reach or LONGEST)
+        if most < 8:
+            raise DataError(
+                f"the texts have {there} tokens in all, too few to see how a share changes with length; expected 8 or "
+                "more, so give longer texts"
             )
-        return sorted(set(lengths))
-    most = min(there, LONGEST, reach or LONGEST)
-    if most < 8:
-        raise DataError(
-            f"the texts have {there} tokens in all, too few to see how a share changes with length; expected 8 or more"
+        return [n for n in (8, 16, 32, 64, 128, 256, 512) if n <= most]
+    if not lengths or any(n < 1 or (reach is not None and n > reach) for n in lengths):
+        raise ConfigError(
+            f"lengths={list(lengths)}; expected lengths of text from 1 to what {type(model).__name__} reads"
+            + (f", {reach} tokens" if reach is not None else "")
         )
-    return [n for n in (8, 16, 32, 64, 128, 256, 512) if n <= most]
+    if max(lengths) > there:
+        raise DataError(
+            f"the texts have {there} tokens in all, so none of {max(lengths)} can be made of them; give more or longer "
+            f"texts, or lengths up to {there}"
+        )
+    return sorted(set(lengths))

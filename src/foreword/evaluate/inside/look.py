@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foreword.errors import ConfigError
 from foreword.evaluate.inside._rows import Batches, Unavailable, rounded, rows_of, standing
-from foreword.evaluate.inside.attention import AttentionShare, Dilution, attention_share, dilution
+from foreword.evaluate.inside.attention import AttentionShare, Dilution, attention_share, dilution, dilution_lengths
 from foreword.evaluate.inside.layers import LayerLosses, layer_losses
 from foreword.evaluate.inside.norms import Norms, norms
 from foreword.evaluate.inside.similarity import Similarity, similarity
@@ -92,10 +92,12 @@ def look(
         raise ConfigError(f"there is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
     rows = rows_of(model, batches)
     example = rows[0]
-    with standing(model, prefix, force=force):  # refused now, if it doesn't belong here
+    with standing(model, prefix, force=force):  # what doesn't fit is refused now, before any time is spent
         pass
+    if "dilution" in only:
+        dilution_lengths(model, prefix, rows, lengths)
     likeness: dict[str, Similarity | Unavailable] = {"itself": _wanted("similarity", only, lambda: _itself(prefix))}
-    if against is not None:  # before any time is spent: two that can't be compared are refused
+    if against is not None:
         likeness[against[0]] = _wanted("similarity", only, lambda: similarity(prefix, against[1]))
     tell = {part: partial(progress, part) for part in PARTS}
     spectra = {"all": prefix, **(_several(prefix)), **({against[0]: against[1]} if against is not None else {})}
