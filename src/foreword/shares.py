@@ -51,21 +51,21 @@ def measured_shares(model: PreTrainedModel, *, by_token: bool = False) -> Iterat
         by_token: each virtual token's share apart, ``(B, H, S, P)``; behind a zero-initialised gate, the weight that
             its value comes in with.
     """
-    with measured(model, partial(share, by_token=by_token)) as found:
+    found: dict[str, Tensor] = {}
+    with measured(model, partial(share, by_token=by_token), found.__setitem__):
         yield found
 
 
 @contextmanager
-def measured(model: PreTrainedModel, measure: Measure[_T]) -> Iterator[Mapping[str, _T]]:
-    """Inside the block, every pass of the model fills the mapping with what ``measure`` reads at each prefixed site."""
-    found: dict[str, _T] = {}
+def measured(model: PreTrainedModel, measure: Measure[_T], tell: Callable[[str, _T], None]) -> Iterator[None]:
+    """Inside the block, ``tell`` is given what ``measure`` reads at each call of a prefixed site, by its name."""
     slots = {m: slot for m in model.modules() if isinstance(slot := m.__dict__.get(_interface.SLOT), SiteSlot)}
     if not slots:
         raise AttachError("no prefix stands on this model, so none has a share of its attention; attach one first")
     for module, slot in slots.items():
-        module.__dict__[_interface.SLOT] = _Measuring(slot, found, measure)
+        module.__dict__[_interface.SLOT] = _Measuring(slot, measure, tell)
     try:
-        yield found
+        yield
     finally:
         for module, slot in slots.items():
             module.__dict__[_interface.SLOT] = slot
@@ -76,8 +76,8 @@ class _Measuring:
     """A slot that looks before it does what it did."""
 
     slot: SiteSlot
-    found: dict[str, Any]
     measure: Measure[Any]
+    tell: Callable[[str, Any], None]
 
     def __call__(
         self, delegate: _interface.Delegate, delegate_name: str, module: nn.Module, query: Tensor, key: Tensor,
@@ -90,7 +90,7 @@ class _Measuring:
             with torch.no_grad():
                 here = prefix.for_batch(query, seen)
                 causal = delegate_name != "eager" and is_causal(module, query, attention_mask, kwargs)
-                self.found[name] = self.measure(here, query, key, attention_mask, causal, kwargs)
+                self.tell(name, self.measure(here, query, key, attention_mask, causal, kwargs))
         return self.slot(delegate, delegate_name, module, query, key, value, attention_mask, **kwargs)
 
 

@@ -129,7 +129,7 @@ def test_folders_and_models_that_are_not_the_right_ones(run, folder, prefixes, t
     assert run(*given, "--force")[0] == 0
     prefix = fw.Prefix.load(prefixes[0])
     for name, changed, said in (
-        ("nameless", {"base_model": ""}, "name it with --model"),
+        ("nameless", {"base_model": ""}, "give --model"),
         ("odd", {"base_model": "x", "model_class": "LlamaForSequenceClassification"}, "from the command line"),
     ):
         replace(prefix, fingerprint=replace(prefix.fingerprint, **changed)).save(tmp_path / name)

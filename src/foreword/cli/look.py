@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from foreword.cli._shared import pairs, print_json, quiet
+from foreword.cli._shared import load_base, pairs, print_json, quiet
 from foreword.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ def run(
 
     from foreword.evaluate import inside
     from foreword.evaluate.inside.page import check_page
-    from foreword.models import load_model
 
     parts = inside.PARTS if only is None else tuple(p.strip() for p in only.split(","))
     asked = [int(n) for n in _numbers(lengths, "--lengths", whole=True)] if lengths is not None else None
@@ -57,18 +56,18 @@ def run(
     prefix = _loaded(folder)
     other = (_name(against), _loaded(against)) if against is not None else None
     examples = _examples(data, text or [], column or [], where or [], split, limit)
-    base, tokenizer = load_model(model or _named(prefix, folder), kind=_kind(prefix), dtype=dtype)
+    base, tokenizer = load_base(prefix, model, kind=_kind(prefix), dtype=dtype)
     batches = inside.batches_of(base, tokenizer, examples, max_length=max_length)
     with _Bars(Console(stderr=True)) as bars:
         found = inside.look(
             base, prefix, tokenizer, batches, name=_name(folder), against=other, only=parts, lengths=asked,
             strengths=tried, force=force, progress=bars.passed,
         )  # fmt: skip
-    if target is not None:
-        inside.write_page(found, target)
     if as_json:
         print_json(found.to_json())
-    elif target is not None:
+    if target is not None:
+        inside.write_page(found, target)
+    if not as_json:
         typer.echo(f"{target}: {folder} on {len(examples)} texts; open it in a browser")
 
 
@@ -87,22 +86,6 @@ def _loaded(folder: Path) -> Prefix:
 
 def _name(folder: Path) -> str:
     return folder.resolve().name
-
-
-def _named(prefix: Prefix, folder: Path) -> str:
-    """The base model by the name that the prefix has for it."""
-    from foreword.errors import MissingPartError
-    from foreword.models import packaged_model
-
-    name = prefix.fingerprint.base_model
-    if not name:
-        raise ConfigError(f"{folder} doesn't say what its base model is called; name it with --model")
-    try:
-        if packaged_model().stem == name:
-            return "demo"
-    except MissingPartError:
-        pass
-    return name
 
 
 def _kind(prefix: Prefix) -> str:

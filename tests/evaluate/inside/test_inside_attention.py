@@ -55,13 +55,16 @@ def test_dilution_is_the_shares_of_eager_weights_on_cut_and_grown_texts(name):
     )
     texts = [r["input_ids"][0] for r in alone(name, data)]
     outputs = [r["labels"][0] for r in alone(name, data)]
+    start = torch.zeros(3, 1, dtype=torch.long)  # what a T5 decoder reads first
     fw.attach(model, prefix)
     for i, length in enumerate(lengths):
 
         def joined(parts, length=length):
             return torch.stack([torch.cat([*parts[s:], *parts[:s]])[:length] for s in range(3)])
 
-        given = {"input_ids": joined(texts)} | ({"decoder_input_ids": joined(outputs)} if name == "t5" else {})
+        given = {"input_ids": joined(texts)}
+        if name == "t5":
+            given["decoder_input_ids"] = torch.cat([start, joined(outputs)[:, :-1]], 1)
         weights = eager_weights(model, prefix.sites, **given)
         for site in prefix.sites:
             share = weights[site.name][..., :3].sum(-1)
@@ -88,6 +91,35 @@ def test_a_cut_text_has_the_share_of_that_position_in_the_whole():
     assert two == pytest.approx([float(seen[first][..., n - 1].mean()) for n in (3, 11, 24)], abs=1e-5)
     assert all(h < o < t for h, o, t in zip(half, one, two, strict=True))
     tuning.detach()
+
+
+def test_a_module_that_all_layers_share_has_the_mean_of_its_calls():
+    import transformers as tf
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "embedding_size": 16, "hidden_size": 32, "num_attention_heads": 4}
+    config = tf.AlbertConfig(**sizes, num_hidden_layers=3, intermediate_size=37, attn_implementation="eager")
+    model = tf.AlbertForMaskedLM(config).eval()
+    prefix = baked(model, "bert")
+    (site,) = prefix.sites
+    assert site.calls == 3
+    data = batch("bert")
+    rows = alone("bert", data)
+    found = inside.attention_share(model, prefix, [data])
+    curve = inside.dilution(model, prefix, [data], lengths=[8], strengths=())
+    with torch.no_grad():
+        base = [model(**row, output_attentions=True).attentions for row in rows]
+        fw.attach(model, prefix)
+        layers = [model(**row, output_attentions=True).attentions for row in rows]
+        cut = {"input_ids": torch.stack([r["input_ids"][0, :8] for r in rows])}
+        eight = model(**cut, output_attentions=True).attentions
+    shares = torch.cat([torch.stack(w)[..., :3].sum(-1).flatten(0, 1) for w in layers], 2)  # (3 calls, H, all S)
+    assert found.queries == 50
+    assert found.sites[0].heads == pytest.approx(shares.mean((0, 2)).tolist(), abs=1e-5)
+    first = torch.cat([torch.stack(w)[..., 0].flatten(0, 1) for w in base], 2)
+    assert found.sites[0].first_base == pytest.approx(float(first.mean()), abs=1e-5)
+    want = torch.stack(eight)[..., :3].sum(-1).mean()
+    assert curve.variants["as trained"][site.name] == [pytest.approx(float(want), abs=1e-5)]
 
 
 def test_gates_are_taken_off():

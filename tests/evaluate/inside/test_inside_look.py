@@ -8,6 +8,7 @@ import math
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fdopen", full)
+        patched.setattr(Path, "replace", full)
         with pytest.raises(OSError, match="No space"):
             inside.write_page(found, path)
     assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["look.html"]
@@ -125,6 +126,9 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         inside.write_page(found, tmp_path)
     with pytest.raises(fw.ConfigError, match="no folder"):
         inside.write_page(found, tmp_path / "a" / "look.html")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a test that runs as root can write anywhere
+    with pytest.raises(fw.ConfigError, match="can't be written into"):
+        inside.write_page(found, path)
 
 
 def test_against_another():
@@ -136,10 +140,24 @@ def test_against_another():
     assert isinstance(found.spectra["memory"], inside.Spectrum) and "memory: effective rank" in page(found)
     found = inside.look(model, lora, zoo.tokenizer(), [batch("llama")], against=("prefix", prefix), only=["spectrum"])
     assert all(isinstance(s, inside.Spectrum) for s in found.spectra.values()) and page(found)
+    found = inside.look(
+        model, lora, zoo.tokenizer(), [batch("llama")], name="itself", against=("itself", lora), only=["similarity"]
+    )
+    assert list(found.similarity) == ["itself", "itself (the other)"]
     with pytest.raises(fw.MismatchError, match="no site in common"):
         inside.look(model, prefix, zoo.tokenizer(), [batch("llama")], against=("x", baked(zoo.build("gpt2"), "gpt2")))
     with pytest.raises(fw.MismatchError, match="other weights"):
         inside.look(zoo.build("llama", seed=2), prefix, zoo.tokenizer(), [batch("llama")])
+    done = []
+    stranger = ("x", baked(zoo.build("llama", seed=2), "llama"))
+    with pytest.raises(fw.MismatchError, match="other weights"):  # before anything is measured
+        inside.look(model, prefix, zoo.tokenizer(), [batch("llama")], only=["share", "spectrum"], against=stranger,
+                    progress=lambda *_: done.append(1))  # fmt: skip
+    assert not done
+    forced = inside.look(
+        model, prefix, zoo.tokenizer(), [batch("llama")], only=["similarity"], force=True, against=stranger
+    )
+    assert isinstance(forced.similarity["x"], inside.Similarity)
     with pytest.raises(fw.ConfigError, match="no part 'shares'"):
         inside.look(model, prefix, zoo.tokenizer(), [batch("llama")], only=["shares"])
     fw.attach(model, prefix)
@@ -210,3 +228,12 @@ def test_a_base_whose_weights_are_elsewhere(name):
     away = zoo.build(name)
     cpu_offload(away, execution_device=torch.device("cpu"))
     assert inside.look(away, prefix, zoo.tokenizer(), [batch(name)]).to_json() == want.to_json()
+
+
+def test_prompts_have_what_virtual_tokens_have():
+    """A prompt at the input is baked into keys and values."""
+    model = zoo.build("llama")
+    found = inside.look(model, baked(model, "llama", fw.PromptConfig(length=3, init="random")), zoo.tokenizer(),
+                        [batch("llama")])  # fmt: skip
+    assert not any("unavailable" in part for part in found.to_json().values())
+    assert all(0 < s.mean < 1 and len(s.tokens) == 3 for s in found.share.sites)

@@ -112,6 +112,21 @@ def test_parts_are_told_apart():
     assert list(inside.methods_of(baked(model, "llama"))) == ["virtual tokens"]
 
 
+def test_layers_beyond_the_prefix_are_seen():
+    """Virtual tokens at the second layer alone, LoRA in both."""
+    model = zoo.build("llama")
+    both = [fw.PrefixConfig(length=3, init="random", sites=[1]), fw.LoRAConfig(rank=2)]
+    prefix = baked(model, "llama", both)
+    names = [s.name for s in fw.sites(model)]
+    data = [batch("llama")]
+    found = inside.spectrum(model, prefix, data)
+    lora = inside.spectrum(model, inside.methods_of(prefix)["lora"], data)
+    assert [s.name for s in found.sites] == [s.name for s in lora.sites] == names
+    assert found.sites[0] == lora.sites[0] and found.sites[1] != lora.sites[1]
+    tokens = inside.spectrum(model, inside.methods_of(prefix)["virtual tokens"], data)
+    assert [s.name for s in tokens.sites] == names[1:]
+
+
 def test_what_changes_no_attention_says_so():
     model = zoo.build("llama")
     adapters = baked(model, "llama", fw.AdapterConfig(width=4))

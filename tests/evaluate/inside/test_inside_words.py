@@ -108,3 +108,16 @@ def test_norms_are_those_of_the_keys_and_values(name):
             float(torch.stack([v[:, 0].norm(dim=-1).mean() for v in values]).mean())
         )
     assert "no virtual tokens" in inside.norms(model, baked(model, name, fw.MemoryConfig()), [data]).why
+    with pytest.raises(fw.MismatchError, match="other weights"):
+        inside.norms(zoo.build(name, seed=3), prefix, [data])
+    inside.norms(zoo.build(name, seed=3), prefix, [data], force=True)
+
+
+def test_what_needs_a_condition_is_refused():
+    model = zoo.build("llama")
+    what = fw.PrefixConfig(length=2, init="random", reparam="mlp", hidden=8, condition=3)
+    conditional = baked(model, "llama", what)
+    with pytest.raises(fw.ConfigError, match="given"):
+        inside.norms(model, conditional, [batch("llama")])
+    with pytest.raises(fw.ConfigError, match="given"):
+        inside.lens(model, conditional, zoo.tokenizer())

@@ -41,6 +41,15 @@ class Unavailable:
         return {"unavailable": self.why}
 
 
+def require_plain(prefix: Prefix) -> None:
+    """Raise ConfigError where a prefix has no keys and values until it is given a condition."""
+    if part_of(prefix) is not None:
+        raise ConfigError(
+            "this prefix depends on a condition vector; look at the plain one that it makes of a vector: "
+            "prefix.given(vector)"
+        )
+
+
 @contextmanager
 def standing(
     model: PreTrainedModel, prefix: Prefix, *, strength: float | None = None, force: bool = False
@@ -52,11 +61,7 @@ def standing(
         MismatchError: it belongs to another model.
         AttachError: the model has a prefix already.
     """
-    if part_of(prefix) is not None:
-        raise ConfigError(
-            "this prefix depends on a condition vector; look at the plain one that it makes of a vector: "
-            "prefix.given(vector)"
-        )
+    require_plain(prefix)
     tuning = attach(model, prefix, strength=strength, force=force)
     try:
         with evaluating(model), torch.no_grad():
@@ -122,7 +127,11 @@ def grown(model: PreTrainedModel, rows: Sequence[Row], length: int, count: int) 
     texts = [_ids(row) for row in rows]
     batch: Row = {"input_ids": _joined(texts, length, count)}
     if decoding:
-        batch["decoder_input_ids"] = _joined([_decoder_ids(row) for row in rows], length, count)
+        outputs = _joined([_decoder_ids(row) for row in rows], length, count)
+        if "decoder_input_ids" not in rows[0]:  # labels: what the decoder reads begins with its start token
+            shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+            outputs = shift(labels=outputs) if shift is not None else outputs
+        batch["decoder_input_ids"] = outputs
     if takes(model, "attention_mask"):
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     return batch | without_cache(model)

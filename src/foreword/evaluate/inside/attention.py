@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def silent(done: int, total: int) -> None:
 @dataclass(frozen=True)
 class SiteShare:
     """The prefix's share at one site. None: the softmaxes stand apart (a zero-initialised gate), so there is none.
+
+    Where several layers share one module (ALBERT), the mean over its calls.
 
     Attributes:
         heads: by query head, mean over texts and positions.
@@ -140,14 +143,13 @@ def attention_share(
     found = []
     for n, variant in enumerate(variants):
         sums = {s.name: _Sums(s) for s in chosen}
-        with standing(model, variant, force=force), shares.measured(model, _tokens_and_first) as seen:
+        add = partial(_add, sums)
+        with standing(model, variant, force=force), shares.measured(model, _tokens_and_first, add):
             for i, row in enumerate(rows):
                 model(**row)
-                for name, (tokens, first) in seen.items():
-                    sums[name].add(tokens, first)
                 progress(len(rows) * (n + 1) + i + 1, total)
         found.append([sums[s.name].result(s.name in variant.gates, base.get(s.name)) for s in chosen])
-    queries = max(sum(sums[s.name].counted) for s in chosen)
+    queries = max(sum(sums[s.name].counted) // s.calls for s in chosen)
     return AttentionShare(len(rows), queries, found[0], found[1] if len(found) > 1 else None, _weights(prefix))
 
 
@@ -184,11 +186,14 @@ def dilution(
     variants: dict[str, dict[str, list[float | None]]] = {}
     for n, (name, (variant, strength)) in enumerate(todo.items()):
         found: dict[str, list[float | None]] = {s.name: [] for s in sites}
-        with standing(model, variant, strength=strength, force=force), all_see(prefix):
+        calls: dict[str, list[Tensor]] = {s.name: [] for s in sites}
+        measured = shares.measured(model, shares.share, partial(_append, calls))
+        with standing(model, variant, strength=strength, force=force), all_see(prefix), measured:
             for i, length in enumerate(chosen):
-                seen = shares.attention_shares(model, **grown(model, rows, length, GROWN))
+                model(**grown(model, rows, length, GROWN))
                 for site in sites:
-                    found[site.name].append(_of_whole(seen.get(site.name), site))
+                    found[site.name].append(_of_whole(calls[site.name], site))
+                    calls[site.name].clear()
                 progress(n * len(chosen) + i + 1, len(todo) * len(chosen))
         variants[name] = found
     return Dilution(chosen, min(GROWN, len(rows)), prefix.longest, variants, {s.name: s.kind for s in sites})
@@ -258,6 +263,10 @@ def _first_in_base(
     return {name: total / n for name, (total, n) in sums.items() if n}
 
 
+def _add(sums: Mapping[str, _Sums], name: str, seen: tuple[Tensor, Tensor]) -> None:
+    sums[name].add(*seen)
+
+
 class _Sums:
     """What is added up at one site, text by text."""
 
@@ -271,7 +280,7 @@ class _Sums:
         self.seeing = 0
 
     def add(self, tokens: Tensor, first: Tensor) -> None:
-        """Of one text: ``(B, H, S, P)`` and ``(B, H, S)``."""
+        """Of one text and call: ``(B, H, S, P)`` and ``(B, H, S)``."""
         tokens, first = tokens.double(), first.double()
         share = tokens.sum(-1)
         batch, _, length = share.shape
@@ -313,11 +322,15 @@ def _weights(prefix: Prefix) -> dict[str, dict[str, Any]]:
     return found | {n: {"kind": "input", "heads": None} for n in prefix.readings}
 
 
-def _of_whole(share: Tensor | None, site: Site) -> float | None:
-    """Mean over texts and heads, of the queries that see the whole text; None: there is no share."""
-    if share is None or share.isnan().any():
+def _append(calls: Mapping[str, list[Tensor]], name: str, share: Tensor) -> None:
+    calls[name].append(share)
+
+
+def _of_whole(calls: Sequence[Tensor], site: Site) -> float | None:
+    """Mean over texts, heads and calls, of the queries that see the whole text; None: there is no share."""
+    if not calls or any(share.isnan().any() for share in calls):
         return None
-    return float(share[..., -1].mean() if site.causal else share.mean())
+    return sum(float(s[..., -1].mean() if site.causal else s.mean()) for s in calls) / len(calls)
 
 
 def dilution_lengths(

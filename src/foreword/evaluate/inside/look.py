@@ -96,11 +96,15 @@ def look(
         pass
     if "dilution" in only:
         dilution_lengths(model, prefix, rows, lengths)
+    spectra = {"all": prefix, **_several(prefix)}
     likeness: dict[str, Similarity | Unavailable] = {"itself": _wanted("similarity", only, lambda: _itself(prefix))}
     if against is not None:
-        likeness[against[0]] = _wanted("similarity", only, lambda: similarity(prefix, against[1]))
+        label, other = _unlike(against[0], {name, "itself", *spectra}), against[1]
+        likeness[label] = _wanted("similarity", only, lambda: similarity(prefix, other, force=force))
+        with standing(model, other, force=force):
+            pass
+        against, spectra[label] = (label, other), other
     tell = {part: partial(progress, part) for part in PARTS}
-    spectra = {"all": prefix, **(_several(prefix)), **({against[0]: against[1]} if against is not None else {})}
     return Look(
         about=_about(model, prefix, rows, name, against),
         share=_wanted(
@@ -114,7 +118,7 @@ def look(
             ),
         ),
         words=_wanted("words", only, lambda: lens(model, prefix, tokenizer, force=force, example_inputs=example)),
-        norms=_wanted("norms", only, lambda: norms(model, prefix, batches, progress=tell["norms"])),
+        norms=_wanted("norms", only, lambda: norms(model, prefix, batches, force=force, progress=tell["norms"])),
         spectra={
             label: _wanted(
                 "spectrum",
@@ -144,6 +148,11 @@ def _itself(prefix: Prefix) -> Similarity | Unavailable:
 def _several(prefix: Prefix) -> dict[str, Prefix]:
     methods = methods_of(prefix)
     return methods if len(methods) > 1 else {}
+
+
+def _unlike(name: str, taken: Collection[str]) -> str:
+    """A name for the other prefix that nothing else here has."""
+    return f"{name} (the other)" if name in taken else name
 
 
 def _nth(progress: Callable[[int, int], None], n: int, of: int) -> Callable[[int, int], None]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foreword.evaluate.inside._rows import Batches, Unavailable, rows_of
+from foreword.evaluate.inside._rows import Batches, Unavailable, require_plain, rows_of
 from foreword.evaluate.inside.attention import Progress, silent
 from foreword.prefix import Prefix
-from foreword.sites import Call, evaluating, recording
+from foreword.sites import Call, evaluating, recording, sites
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,25 @@ class Norms:
 
 
 def norms(
-    model: PreTrainedModel, prefix: Prefix, batches: Batches, *, progress: Progress = silent
+    model: PreTrainedModel, prefix: Prefix, batches: Batches, *, force: bool = False, progress: Progress = silent
 ) -> Norms | Unavailable:
     """Norms of the prefix's keys and values, and of the text's own in the base model.
 
     Args:
         model: the base model, with nothing attached.
         batches: arguments of forward passes, padded on the right.
+        force: accept other weights of the base model.
+        progress: is told of each pass.
+
+    Raises:
+        MismatchError: the prefix belongs to another model.
     """
+    require_plain(prefix)
     chosen = [s for s in prefix.sites if prefix.length(s.name)]
     if not chosen:
         return Unavailable("there are no virtual tokens in it")
     rows = rows_of(model, batches)
+    prefix.check_fits(model, sites(model, rows[0]), force=force)
     text: dict[str, list[tuple[Tensor, Tensor]]] = {s.name: [] for s in chosen}
 
     def observe(call: Call, _: str) -> None:

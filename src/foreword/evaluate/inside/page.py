@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import os
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from foreword import __version__
+from foreword._begun import write_whole
 from foreword.errors import ConfigError
 from foreword.evaluate.inside import pictures
 from foreword.evaluate.inside._rows import Unavailable, labels_of
@@ -43,19 +43,10 @@ def write_page(look: Look, path: Path) -> Path:
     """Write a look as HTML, all of it or nothing.
 
     Raises:
-        ConfigError: the path is a folder, or its folder is missing.
+        ConfigError: the path is a folder, or its folder is missing or can't be written into.
     """
     check_page(path)
-    text = page(look)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, page(look))
     return path
 
 
@@ -65,6 +56,8 @@ def check_page(path: Path) -> None:
         raise ConfigError(f"{path} is a folder; name the file for the page, e.g. {path / 'look.html'}")
     if not path.parent.is_dir():
         raise ConfigError(f"there is no folder {path.parent} for the page; make it first, or name another file")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"the page can't be written into {path.parent}; name a file in another folder with --out")
 
 
 def page(look: Look) -> str:
@@ -273,8 +266,8 @@ def _layers(found: LayerLosses | Unavailable) -> str:
         alone = min(found.only, key=lambda n: found.only[n])
         gain = found.none - found.whole
         here = (
-            f"Loss {found.none:.3f} without the prefix, {found.whole:.3f} with it (nats a token, {found.labels:,} "
-            "tokens). Missed most: "
+            f"Loss {found.none:.3f} without the prefix, {found.whole:.3f} with it (nats a label, over "
+            f"{found.labels:,}). Missed most: "
             + ", ".join(f"{labels[n]} (+{found.without[n] - found.whole:.3f})" for n in needed)
             + f". Best alone: {labels[alone]} (-{found.none - found.only[alone]:.3f}"
             + (f", {(found.none - found.only[alone]) / gain:.0%} of the whole)." if gain > 0 else ").")

@@ -61,10 +61,13 @@ class Similarity:
         return asdict(self)
 
 
-def similarity(prefix: Prefix, other: Prefix) -> Similarity | Unavailable:
+def similarity(prefix: Prefix, other: Prefix, *, force: bool = False) -> Similarity | Unavailable:
     """Compare two prefixes of one base model, at the sites that both stand at; lengths may differ.
 
     Keys are compared where they stand before the same text: the other prefix is shifted to this one's position.
+
+    Args:
+        force: compare prefixes of base models of one shape whose weights differ.
 
     Raises:
         MismatchError: they belong to different models.
@@ -79,7 +82,7 @@ def similarity(prefix: Prefix, other: Prefix) -> Similarity | Unavailable:
             f"({prefix.fingerprint.base_model or 'unnamed'}) and {other.fingerprint.model_class or '?'} "
             f"({other.fingerprint.base_model or 'unnamed'}); expected two of one base model"
         )
-    if (difference := prefix.fingerprint.difference(other.fingerprint)) is not None:
+    if not force and (difference := prefix.fingerprint.difference(other.fingerprint)) is not None:
         raise MismatchError(f"these prefixes are of different base models: {difference}")
     tokens = [s.name for s in both if prefix.length(s.name) and other.length(s.name)]
     chosen = [s for s in both if s.name in tokens or (s.name in prefix.memory and s.name in other.memory)]

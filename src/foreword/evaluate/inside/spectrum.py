@@ -12,9 +12,10 @@ The definition knows no method: virtual tokens, a memory, LoRA on q, k or v, tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,8 +92,9 @@ def spectrum(
     changes: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}
     with standing(model, prefix, force=force) as tuning:
-        found = prefix.sites or sites(model, rows[0])
-        chosen = [s for s in found if not s.tower or prefix.sites]
+        own = {s.name for s in prefix.sites}
+        there = sites(model, rows[0]) if prefix.parts else prefix.sites  # layers that are changed reach beyond these
+        chosen = [s for s in there if s.name in own or not s.tower]
         with _compared(tuning, chosen, changes, outputs):
             for i, row in enumerate(rows):
                 model(**row)
@@ -136,12 +138,17 @@ def _compared(
     """Inside the block, each site's attention runs twice: as it stands, and as the base model's."""
     model = tuning.model
     before = _base_parameters(tuning)
+    lora = any(part.method == "lora" for part in tuning.weight_parts())
     handles = []
     with tapped(model, [s.name for s in chosen]) as taps:
         for site in chosen:
             changes[site.name], outputs[site.name] = [], []
-            compare = _Comparing(taps[site.name], before.get(site.name, {}), changes[site.name], outputs[site.name])
-            handles.append(model.get_submodule(site.name).register_forward_hook(compare, with_kwargs=True))
+            module = model.get_submodule(site.name)
+            off = partial(_adapters_off, module) if lora else nullcontext
+            compare = _Comparing(
+                taps[site.name], before.get(site.name, {}), off, changes[site.name], outputs[site.name]
+            )
+            handles.append(module.register_forward_hook(compare, with_kwargs=True))
         try:
             yield
         finally:
@@ -150,8 +157,18 @@ def _compared(
 
 
 class _Comparing:
-    def __init__(self, tap: Tap, before: Mapping[str, Tensor], changes: list[Tensor], outputs: list[Tensor]) -> None:
-        self.tap, self.before, self.changes, self.outputs = tap, dict(before), changes, outputs
+    """A hook that runs a module again as the base model has it, and notes the difference.
+
+    Args:
+        before: parameters that were trained, as they were.
+        off: a context without adapters.
+    """
+
+    def __init__(
+        self, tap: Tap, before: Mapping[str, Tensor], off: Callable[[], AbstractContextManager[None]],
+        changes: list[Tensor], outputs: list[Tensor],
+    ) -> None:  # fmt: skip
+        self.tap, self.before, self.off, self.changes, self.outputs = tap, dict(before), off, changes, outputs
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         with_it = self.tap.out
@@ -159,7 +176,7 @@ class _Comparing:
             return
         self.tap.bare = True
         try:
-            with _adapters_off(module):
+            with self.off():
                 functional_call(module, self.before, args, kwargs)
             base = self.tap.out
         finally:

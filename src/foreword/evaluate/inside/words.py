@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from foreword._offloaded import device_of
 from foreword.errors import UnsupportedModelError
-from foreword.evaluate.inside._rows import Unavailable, without_cache
+from foreword.evaluate.inside._rows import Unavailable, require_plain, without_cache
 from foreword.evaluate.inside._taps import Tap, tapped
 from foreword.prefix import Prefix
 from foreword.sites import Site, evaluating, sites, text_inputs
@@ -92,6 +92,7 @@ def lens(
     Raises:
         MismatchError: the prefix belongs to another model.
     """
+    require_plain(prefix)
     if not prefix.longest:
         return Unavailable("there are no virtual tokens in it")
     found_sites = sites(model, example_inputs)
@@ -251,18 +252,18 @@ class _Watch:
             out = tap.out
             if site in self.outputs or not args or out is None or out.numel() != args[0].numel():
                 continue
-            if torch.equal(out.flatten(), args[0].flatten()):
+            if torch.equal(out.flatten().to(args[0].device), args[0].flatten()):
                 self.outputs[site] = name
 
     def _reads(self, args: tuple[Any, ...]) -> None:
-        self.last = args[0].detach().float()
+        self.last = args[0].detach().float().cpu()
 
     def _note(self, name: str, args: tuple[Any, ...], out: Any) -> None:
         given = [a for a in args if isinstance(a, Tensor)]
         if len(given) != 1 or not isinstance(out, Tensor) or not out.is_floating_point():
             return
         if given[0].is_floating_point() and not (given[0].shape == out.shape and torch.equal(given[0], out)):
-            self.calls.append((name, given[0].detach().float(), out.detach().float()))
+            self.calls.append((name, given[0].detach().float().cpu(), out.detach().float().cpu()))
 
 
 def _factor(out: Tensor, wanted: Tensor) -> float | None:
