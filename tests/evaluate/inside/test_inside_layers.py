@@ -90,5 +90,7 @@ def test_where_there_is_no_loss():
     assert "no attention site" not in inside.layer_losses(model, baked(model, "llama"), [data]).to_json()
     assert "stands" in inside.layer_losses(model, baked(model, "llama", fw.LoRAConfig(rank=2)), [data]).why
     data["labels"] = torch.full_like(data["labels"], -100)
-    with pytest.raises(fw.DataError, match="no example has a label"):
-        inside.layer_losses(model, baked(model, "llama"), [data])
+    assert "no example has a label" in inside.layer_losses(model, baked(model, "llama"), [data]).why
+    some = batch("llama")  # a batch without labels beside one with
+    prefix = baked(model, "llama")
+    assert inside.layer_losses(model, prefix, [data, some]) == inside.layer_losses(model, prefix, [some])

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from foreword import _interface
 from foreword._holder import SiteSlot
-from foreword.errors import DataError
 from foreword.evaluate.inside._rows import Batches, Unavailable, standing, without_cache
 from foreword.evaluate.inside.attention import Progress, silent
 from foreword.losses import IGNORED
@@ -54,9 +53,6 @@ def layer_losses(
         batches: arguments of forward passes, with ``labels``.
         force: accept other weights of the base model.
         progress: is told of each pass.
-
-    Raises:
-        DataError: no batch has a label that counts.
     """
     if not prefix.sites:
         return Unavailable("nothing of it stands at an attention site")
@@ -64,22 +60,23 @@ def layer_losses(
         return Unavailable("the data has no labels, so there is no loss")
     with standing(model, prefix, force=force) as tuning:
         names = [s.name for s in tuning.sites]
+        counts = [_labels(model, tuning.sites, b["labels"]) for b in batches]
+        if not sum(counts):
+            return Unavailable("no example has a label that counts, so there is no loss")
         total, done = (2 * len(names) + 2) * len(batches), 0
 
         def loss(kept: Collection[str]) -> float | None:
             nonlocal done
-            sums, count = 0.0, 0
+            found = 0.0
             with _kept(model, kept):
-                for batch in batches:
+                for batch, n in zip(batches, counts, strict=True):
                     out = model(**{**batch, **without_cache(model)})
                     if getattr(out, "loss", None) is None:
                         return None
-                    n = _labels(model, tuning.sites, batch["labels"])
-                    sums, count, done = sums + float(out.loss) * n if n else sums, count + n, done + 1
+                    found += float(out.loss) * n if n else 0.0  # of no label it is not a number
+                    done += 1
                     progress(done, total)
-            if not count:
-                raise DataError("no example has a label that counts; the loss needs some")
-            return sums / count
+            return found / sum(counts)
 
         whole = loss(names)
         if whole is None:
@@ -87,10 +84,9 @@ def layer_losses(
         none = loss(())
         without = {n: loss([m for m in names if m != n]) for n in names}
         only = {n: loss([n]) for n in names}
-    counted = sum(_labels(model, tuning.sites, b["labels"]) for b in batches)
     known = [{n: x for n, x in group.items() if x is not None} for group in (without, only)]
     kinds: dict[str, str] = {s.name: s.kind for s in tuning.sites}
-    return LayerLosses(counted, whole, none if none is not None else whole, known[0], known[1], kinds)
+    return LayerLosses(sum(counts), whole, none if none is not None else whole, known[0], known[1], kinds)
 
 
 @contextmanager

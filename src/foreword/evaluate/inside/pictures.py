@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, ScalarFormatter
 
 from foreword._figures import new_figure
 from foreword.evaluate.inside._rows import labels_of
@@ -123,7 +123,7 @@ def draw_norms(found: Norms) -> Figure:
         panel.plot(x, _floats([getattr(s, f"text_{what}") for s in found.sites]), "o-", color="C7", label="text")
         first = _floats([getattr(s, f"first_{what[:-1]}") for s in found.sites])
         panel.plot(x, first, "x", color="C1", label="the text's first token")
-        panel.set_yscale("log")
+        _logarithmic(panel)
         panel.set_ylabel(f"norm of {what}")
         _name_sites(panel, names)
         panel.grid(alpha=0.3)
@@ -146,13 +146,15 @@ def draw_spectra(spectra: Mapping[str, Spectrum]) -> Figure:
         x = [labels.index(s.name) for s in found.sites if s.name in labels]
         for panel, what in zip(axes[1:], ("effective_rank", "size"), strict=True):
             panel.plot(x, [getattr(s, what) for s in found.sites if s.name in labels], "o-", color=colour, label=label)
-    axes[0].set_yscale("log")
+    for panel in axes:
+        _logarithmic(panel)
+    for plain in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
+        plain(LogFormatter())
     axes[0].set_xlabel("direction, by size")
     axes[0].set_ylabel("part of the variance")
     axes[1].set_ylabel("effective rank")
     axes[2].set_ylabel("size, by the base's output")
     for panel in axes[1:]:
-        panel.set_yscale("log")
         _name_sites(panel, names)
     for panel in axes:
         panel.grid(alpha=0.3)
@@ -246,6 +248,12 @@ def _heat(axes: Axes, grid: np.ndarray, names: Sequence[str], *, top: float | No
     axes.set_ylabel(_SITE)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.figure.colorbar(image, ax=axes, label=label)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic scale, where there is anything that it can show."""
+    if any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in axes.lines):
+        axes.set_yscale("log")
 
 
 def _name_sites(axes: Axes, names: Sequence[str]) -> None:

@@ -83,6 +83,9 @@ def lens(
 ) -> Lens | Unavailable:
     """The vocabulary tokens that each virtual token's value speaks for, at each site.
 
+    What a model does to its logits afterwards (Gemma 2's cap, Granite's scale) is left out: it changes the
+    probabilities, never the order.
+
     Args:
         model: the base model, with nothing attached.
         top: how many tokens.
