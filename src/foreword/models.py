@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What ``kind`` selects: the transformers class that reads the model.
-KINDS = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
+KINDS = {
+    "causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "masked-lm": "AutoModelForMaskedLM",
+    "encoder": "AutoModel",
+}  # fmt: skip
 
 DEMO = "demo"
 GGUF_MAGIC = b"GGUF"
@@ -48,7 +51,7 @@ def load_model(
         name: ``"demo"`` (the packaged SmolLM2-135M-Instruct), a local folder in the transformers layout, a
             ``.gguf`` file, or a name on the model hub. A local folder that is itself called ``demo`` is
             ``"./demo"``.
-        kind: ``"causal-lm"``, ``"seq2seq-lm"`` or ``"encoder"`` (no language-model head).
+        kind: ``"causal-lm"``, ``"seq2seq-lm"``, ``"masked-lm"`` or ``"encoder"`` (no language-model head).
         dtype: a torch dtype or its name; None keeps the precision the weights are stored in.
         attn: transformers' ``attn_implementation`` (``"eager"``, ``"sdpa"``, ...); None lets it choose.
         device: where to put the model, such as ``"cpu"`` or ``"cuda:0"``; None leaves it on the CPU.

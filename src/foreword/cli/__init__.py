@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (train, tune, meta, distill, compress, generate, eval, inspect, interference, demo, doctor):
+for command in (train, tune, meta, distill, compress, generate, eval, inspect, look, interference, demo, doctor):
     app.command(name=command.__name__.rsplit(".", 1)[1])(command.run)
 
 
