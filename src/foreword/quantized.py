@@ -75,8 +75,7 @@ def give_back_memory() -> None:
 
     Quantising frees the wide weights one by one between the narrow ones that stay, so the C library keeps the gaps.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "malloc_trim"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 

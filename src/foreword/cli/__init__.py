@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from foreword.cli import compress, demo, distill, doctor, eval, generate, inspect, interference, meta, train, tune
+from foreword.cli import compress, demo, distill, doctor, eval, generate, inspect, interference, look, meta, train, tune
 from foreword.errors import ForewordError
 
 app = typer.Typer(
