@@ -39,13 +39,11 @@ def plainly(run: Callable[[], Any]) -> Variant:
     return lambda: nullcontext(run)
 
 
-def take_turns(
-    variants: Mapping[str, Variant], *, rounds: int, warmup: int = 1, settle: int = 0
-) -> dict[str, list[float]]:
-    """Seconds of each variant's runs; within a round every variant is timed once.
+def take_turns(variants: Mapping[str, Variant], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each variant's runs; within a round every variant runs once.
 
     A variant is a context manager that gives what to time: attaching and detaching, so that all variants run on one
-    copy of the model, stay outside the clock; so do the first ``settle`` runs of each turn.
+    copy of the model, stay outside the clock.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warmup + rounds):
@@ -55,8 +53,6 @@ def take_turns(
             order.reverse()
         for name, variant in order:
             with variant() as run:
-                for _ in range(settle):
-                    run()
                 began = time.perf_counter()
                 run()
                 taken = time.perf_counter() - began

@@ -91,7 +91,7 @@ def main() -> None:
         wanted = methods(options.length)
         names = [against, *options.only] if options.only else wanted
         variants = {n: with_prefix(wanted[n]) for n in names}
-    result = ratios(take_turns(variants, rounds=options.rounds, settle=int(options.methods)), against)
+    result = ratios(take_turns(variants, rounds=options.rounds), against)
     print(f"batch {options.batch} x {options.tokens} tokens, {options.length} virtual tokens; ratios to the {against}")
     for name, ratio in result.items():
         print(f"{name:34} {ratio:.3f}")
