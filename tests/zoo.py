@@ -94,6 +94,8 @@ ZOO = {
     ),
     "deepseek": _deepseek,
     "qwen3next": _qwen3_next,
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**_DEC, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3moe": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**_DEC, head_dim=8, num_experts=8, **_MOE)),
     "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**_ENC)),
     "roberta": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**_ENC)),
     "modernbert": lambda: tf.ModernBertForMaskedLM(

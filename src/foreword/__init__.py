@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foreword._queries import boundary
     from foreword.attention import attention_path
+    from foreword.compression import compress
     from foreword.config import PrefixConfig
+    from foreword.data.mixture import TaskMixture
     from foreword.errors import (
         AttachError,
         ConfigError,
@@ -37,8 +39,12 @@ if TYPE_CHECKING:
     from foreword.serve.request import Sampling
     from foreword.shares import attention_shares
     from foreword.sites import Site, sites
+    from foreword.storage import Storage
     from foreword.train.arguments import PrefixTrainingArguments
+    from foreword.train.distill import distill
     from foreword.train.growth import Growth
+    from foreword.train.meta import MetaResult, meta_train
+    from foreword.train.meta_config import MetaConfig
     from foreword.train.monitor import Monitor
     from foreword.train.rollback import RollBack
     from foreword.train.stages import LayerByLayer, Stage
@@ -54,7 +60,9 @@ _HOMES = {
     **dict.fromkeys(
         ("AdapterConfig", "BitFitConfig", "FullConfig", "LoRAConfig", "MemoryConfig", "PromptConfig"), "methods"
     ),
+    "compress": "compression",
     "PrefixConfig": "config",
+    "TaskMixture": "data.mixture",
     "load_model": "models",
     "Prefix": "prefix",
     "Engine": "serve.engine",
@@ -64,9 +72,14 @@ _HOMES = {
     "attention_shares": "shares",
     "Site": "sites",
     "sites": "sites",
+    "Storage": "storage",
     "PrefixTrainingArguments": "train.arguments",
     "PrefixTrainer": "train.trainer",
+    "distill": "train.distill",
     "Growth": "train.growth",
+    "MetaConfig": "train.meta_config",
+    "MetaResult": "train.meta",
+    "meta_train": "train.meta",
     "Monitor": "train.monitor",
     "RollBack": "train.rollback",
     "LayerByLayer": "train.stages",
@@ -109,6 +122,8 @@ __all__ = [
     "Limits",
     "LoRAConfig",
     "MemoryConfig",
+    "MetaConfig",
+    "MetaResult",
     "MismatchError",
     "MissingPartError",
     "Monitor",
@@ -124,13 +139,18 @@ __all__ = [
     "Site",
     "Stage",
     "StoppedError",
+    "Storage",
+    "TaskMixture",
     "Tuning",
     "UnsupportedModelError",
     "attach",
     "attention_path",
     "attention_shares",
     "boundary",
+    "compress",
+    "distill",
     "load_model",
+    "meta_train",
     "sites",
 ]
 

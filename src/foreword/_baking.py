@@ -45,6 +45,11 @@ def bake(tuning: Tuning, condition: Any, task: str | None) -> Prefix:
         recall=tuning.recall,
         parts=[*(dict(p) for p in tuning.parts), *([conditional.record_of(kept)] if kept is not None else [])],
         weights=weights | (conditional.weights_of(kept) if kept is not None else {}),
+        log_weights={
+            s.name: tuning.holder.token_weights[str(i)].detach().clone()
+            for i, s in enumerate(sites)
+            if str(i) in tuning.holder.token_weights
+        },
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from foreword import conditional, methods
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     from foreword.methods import Config
 
-_WEIGHTS = (methods.LoRAConfig, methods.AdapterConfig, methods.BitFitConfig, methods.FullConfig)
+# The model's own parameters first: beside LoRA they have other names, and LoRA's layers are not for BitFit.
+_WEIGHTS = (methods.BitFitConfig, methods.FullConfig, methods.LoRAConfig, methods.AdapterConfig)
 _ORDER = (PrefixConfig, methods.PromptConfig, methods.MemoryConfig, *_WEIGHTS)  # whatever order they are given in
 
 
@@ -214,6 +216,9 @@ def _load(tuning: Tuning, prefix: Prefix, trainable: bool) -> None:
         tuning.position_offset = prefix.position_offset
         _set_visible(tuning, prefix.visible, states)
         tuning.load_gates(prefix, trainable)
+        for i, site in enumerate(tuning.sites):
+            if (weights := prefix.log_weights.get(site.name)) is not None and prefix.length(site.name):
+                tuning.holder.token_weights[str(i)] = nn.Parameter(weights.float().clone(), requires_grad=False)
     tuning.__dict__["rotations"] = {**tuning.__dict__.get("rotations", {}), **prefix.rotations}
     if prefix.memory:
         tuning.holder.memory = Memory.of(prefix.memory, prefix.memory_up, trainable=trainable)

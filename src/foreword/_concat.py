@@ -42,7 +42,8 @@ def concatenate(
     if attention_mask is None and (prefix.visible is not None or prefix.bias is not None):
         attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     if attention_mask is not None:
-        wants_numbers = on_cpu or delegate_name == "eager"
+        counts = prefix.visible is not None and prefix.visible.dtype != torch.bool
+        wants_numbers = on_cpu or counts or delegate_name == "eager"
         if wants_numbers and isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:
             attention_mask = additive(attention_mask, query.dtype)
         attention_mask = _extend(attention_mask, prefix, query)

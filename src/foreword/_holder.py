@@ -30,9 +30,18 @@ class PrefixHolder(nn.Module):
         self.bias = nn.ParameterDict()
         self.gate = nn.ParameterDict()
         self.reading = nn.ParameterDict()
+        self.token_weights = nn.ParameterDict()  # never trained: log-weights of tokens that stand for several
         self.weights = nn.ModuleDict()  # WeightParts by method
         self.tuning: Tuning | None = None
         self.moved: Callable[[], None] | None = None  # called after .to(), .half() and their like
+
+    def log_weights(self, i: int, keys: Tensor) -> Tensor | None:
+        """Of the tokens of the i-th site, ``(1|T, P)``, added to their scores; None: all count alike."""
+        name = str(i)
+        if name in self.token_weights:
+            weights: Tensor = self.token_weights[name]
+            return weights.unsqueeze(0)
+        return self.encoder.log_weights(keys)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixHolder:
         super()._apply(fn, recurse)

@@ -1,8 +1,9 @@
 """The file format of a prefix: a folder of safetensors, JSON and a model card. Loading it never runs code.
 
 ``prefix.safetensors`` holds ``<site>.keys``, ``<site>.values``, ``<site>.bias``, ``<site>.gate``, ``<site>.reading``,
-``<site>.memory``, ``<site>.memory_up``, ``weights/<method>/<name>`` and ``rotary.<i>.inv_freq``; ``foreword.json``
-describes them. Both are checked against each other on loading.
+``<site>.log_weight``, ``<site>.memory``, ``<site>.memory_up``, ``weights/<method>/<name>`` and ``rotary.<i>.inv_freq``;
+``foreword.json`` describes them. Keys and values may be packed instead (``foreword.storage``): then it holds
+``packed.keys.codes`` and the like. Both files are checked against each other on loading.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialized
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foreword import _packing
 from foreword.errors import ForewordError, PrefixFileError
 from foreword.fingerprint import Fingerprint
 from foreword.memory import Recall
 from foreword.positions import Rotation, group_rotations
 from foreword.sites import Site
+from foreword.storage import Storage
 from foreword.visibility import parse
 
 if TYPE_CHECKING:
     from foreword.prefix import Prefix
 
-FORMAT = 1
+FORMAT, PACKED_FORMAT = 1, 2  # what versions that know no packing and no weights of tokens can't read has the second
 WEIGHTS, DESCRIPTION, CARD = "prefix.safetensors", "foreword.json", "README.md"
 _WEIGHT = "weights/"
 
@@ -47,16 +51,13 @@ def save(prefix: Prefix, folder: Path, *, overwrite: bool) -> Path:
     if CARD in existing and DESCRIPTION not in existing:
         raise PrefixFileError(f"{folder} holds a {CARD} but no prefix; save into an empty folder")
     tensors, description = _describe(prefix)
-    try:
-        text = json.dumps(description, indent=1)
-    except (TypeError, ValueError) as exc:
-        raise PrefixFileError(f"the prefix's metadata has something that JSON can't hold: {exc}") from exc
+    embedded = _embedded(description)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            save_file(tensors, staging / WEIGHTS, metadata={"format": "pt", "foreword": text})
-            (staging / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+            save_file(tensors, staging / WEIGHTS, metadata=embedded)
+            (staging / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
             (staging / CARD).write_text(model_card(prefix, folder.name), encoding="utf-8")
             _move(staging, folder)
         finally:
@@ -64,6 +65,20 @@ def save(prefix: Prefix, folder: Path, *, overwrite: bool) -> Path:
     except OSError as exc:
         raise PrefixFileError(f"can't save a prefix to {folder}: {exc}") from exc
     return folder
+
+
+def stored_nbytes(prefix: Prefix) -> int:
+    """The size of the ``prefix.safetensors`` that :func:`save` would write, its head and description included."""
+    tensors, description = _describe(prefix)
+    return len(serialized(tensors, metadata=_embedded(description)))
+
+
+def _embedded(description: dict[str, Any]) -> dict[str, str]:
+    """The metadata of the tensors' file, the description among it."""
+    try:
+        return {"format": "pt", "foreword": json.dumps(description, separators=(",", ":"))}
+    except (TypeError, ValueError) as exc:
+        raise PrefixFileError(f"the prefix's metadata has something that JSON can't hold: {exc}") from exc
 
 
 def _move(staging: Path, folder: Path) -> None:
@@ -81,9 +96,11 @@ def _move(staging: Path, folder: Path) -> None:
 
 def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
+    tensors |= _packing.pack(prefix.keys, "keys", prefix.storage.keys)
+    tensors |= _packing.pack(prefix.values, "values", prefix.storage.values)
     for kind, group in (
-        ("keys", prefix.keys), ("values", prefix.values), ("bias", prefix.bias), ("gate", prefix.gates),
-        ("reading", prefix.readings), ("memory", prefix.memory), ("memory_up", prefix.memory_up),
+        ("bias", prefix.bias), ("gate", prefix.gates), ("reading", prefix.readings), ("log_weight", prefix.log_weights),
+        ("memory", prefix.memory), ("memory_up", prefix.memory_up),
     ):  # fmt: skip
         for name, tensor in group.items():
             tensors[f"{name}.{kind}"] = tensor.detach().cpu().contiguous().clone()
@@ -92,8 +109,9 @@ def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:
     groups, index = group_rotations(prefix.rotations)
     for i, rotation in enumerate(groups):
         tensors[f"rotary.{i}.inv_freq"] = rotation.inv_freq.detach().cpu().to(torch.float64).clone()
+    newer = not prefix.storage.plain or bool(prefix.log_weights)
     description = {
-        "format": FORMAT,
+        "format": PACKED_FORMAT if newer else FORMAT,
         "fingerprint": prefix.fingerprint.to_json(),
         "position_offset": prefix.position_offset,
         "sites": [
@@ -103,10 +121,16 @@ def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "visible": prefix.visible.to_json(),
         "recall": asdict(prefix.recall),
         "parts": [dict(p) for p in prefix.parts],
+        **({"storage": prefix.storage.to_json()} if not prefix.storage.plain else {}),
         "checksum": _checksum(tensors),
         "metadata": dict(prefix.metadata),
     }
     return tensors, description
+
+
+def checksum(prefix: Prefix) -> str:
+    """Of all numbers in it, by name."""
+    return str(_describe(prefix)[1]["checksum"])
 
 
 def load(folder: Path) -> Prefix:
@@ -122,17 +146,14 @@ def load(folder: Path) -> Prefix:
             f"{folder}: {WEIGHTS} is not the file that {DESCRIPTION} was written with (checksum {checksum}, expected "
             f"{told}); it was changed or damaged, save the prefix again"
         )
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise PrefixFileError(
-                f"{folder}: {name} has numbers that are not finite; train again from an earlier state"
-            )
+    _check_finite(tensors, folder)
     try:
-        prefix = _build(description, tensors)
+        prefix = _build(description, _unpacked(description, tensors))
     except KeyError as exc:
         raise PrefixFileError(f"{folder}: {exc} is missing; the folder is incomplete, save the prefix again") from exc
-    except (TypeError, ValueError, AttributeError, IndexError, ForewordError) as exc:
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError, ForewordError) as exc:
         raise PrefixFileError(f"{folder}: {DESCRIPTION} and {WEIGHTS} don't fit together: {exc}") from exc
+    _check_finite({f"{n}.{k}": t for k in ("keys", "values") for n, t in getattr(prefix, k).items()}, folder)
     for entry in description["sites"]:
         if prefix.length(entry["name"]) != entry["length"]:
             raise PrefixFileError(
@@ -142,13 +163,36 @@ def load(folder: Path) -> Prefix:
     return prefix
 
 
+def _check_finite(tensors: dict[str, Tensor], folder: Path) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PrefixFileError(
+                f"{folder}: {name} has numbers that are not finite; train again from an earlier state"
+            )
+
+
+def _unpacked(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors, with the keys and values as a prefix has them."""
+    storage = Storage.from_json(description.get("storage"))
+    if storage.plain:
+        return tensors
+    found, entries = dict(tensors), description["sites"]
+    for kind, packing, dim in (("keys", storage.keys, "key_dim"), ("values", storage.values, "value_dim")):
+        shapes = {e["name"]: (e["kv_heads"], e["length"], e[dim]) for e in entries}
+        for name, shape in shapes.items():
+            if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
+                raise ValueError(f"{name} has the shape {shape}; expected whole numbers of 0 or more")
+        found |= _packing.unpack(found, kind, packing, shapes)
+    return found
+
+
 def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> Prefix:
     from foreword.prefix import Prefix
 
     known = {f.name for f in fields(Site)}
     sites = [Site(**{k: v for k, v in entry.items() if k in known}) for entry in description["sites"]]
     at_sites = {n: t for n, t in tensors.items() if not n.startswith(_WEIGHT)}
-    kinds = ("keys", "values", "bias", "gate", "reading", "memory", "memory_up")
+    kinds = ("keys", "values", "bias", "gate", "reading", "log_weight", "memory", "memory_up")
     pick = {kind: _pick(at_sites, kind) for kind in kinds}
     return Prefix(
         {s.name: pick["keys"][s.name] for s in sites},
@@ -167,6 +211,8 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> Prefix:
         recall=Recall(**description.get("recall", {})),
         parts=[dict(p) for p in description.get("parts", [])],
         weights={n.removeprefix(_WEIGHT): t for n, t in tensors.items() if n.startswith(_WEIGHT)},
+        log_weights=pick["log_weight"],
+        storage=Storage.from_json(description.get("storage")),
     )
 
 
@@ -185,9 +231,11 @@ def _parse(text: bytes | str, path: Path) -> dict[str, Any]:
         description = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError) as exc:
         raise PrefixFileError(f"{path} is not valid JSON: {exc}") from exc
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        stated = description.get("format") if isinstance(description, dict) else None
-        raise PrefixFileError(f"{path} has format {stated!r}; this version of foreword reads format {FORMAT}")
+    stated = description.get("format") if isinstance(description, dict) else None
+    if not isinstance(description, dict) or isinstance(stated, bool) or stated not in (FORMAT, PACKED_FORMAT):
+        raise PrefixFileError(
+            f"{path} has format {stated!r}; this version of foreword reads format {FORMAT} and {PACKED_FORMAT}"
+        )
     return description
 
 
@@ -219,6 +267,11 @@ def _rotations(description: dict[str, Any], tensors: dict[str, Tensor]) -> dict[
     return {e["name"]: groups[e["rotation"]] for e in description["sites"] if e["rotation"] is not None}
 
 
+def checksum_of(prefix: Prefix) -> str:
+    """The checksum that a prefix has in its file."""
+    return _checksum(_describe(prefix)[0])
+
+
 def _checksum(tensors: dict[str, Tensor]) -> str:
     import hashlib
 
@@ -240,7 +293,8 @@ def model_card(prefix: Prefix, name: str) -> str:
         f"---\nlibrary_name: foreword\ntags: [prefix-tuning]\n{f'base_model: {base}' + chr(10) if base else ''}---\n\n"
         f"# {name}\n\n"
         f"{_what(prefix)} of "
-        f"`{base or prefix.fingerprint.model_class}` ({prefix.num_parameters:,} numbers, {prefix.nbytes:,} bytes).\n\n"
+        f"`{base or prefix.fingerprint.model_class}` ({prefix.num_parameters:,} numbers, {prefix.nbytes:,} bytes"
+        f"{'' if prefix.storage.plain else f' in memory; stored: {prefix.storage}'}).\n\n"
         f"```python\nimport foreword as fw\n\nfw.attach(model, fw.Prefix.load({name!r}))\n```\n{table}"
     )
 

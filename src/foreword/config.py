@@ -24,10 +24,10 @@ _CHOICES = {
 }
 
 
-def check_learning_rate(value: float | None) -> None:
+def check_learning_rate(value: float | None, name: str = "learning_rate") -> None:
     """Raise ConfigError unless it is None or a positive number."""
     if value is not None and not 0 < value < float("inf"):
-        raise ConfigError(f"learning_rate={value}; expected a positive number, or None for the usual one")
+        raise ConfigError(f"{name}={value}; expected a positive number, or None for the usual one")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class PrefixConfig:
         length: virtual tokens at each site; None: as many as the text of ``init`` has.
         init: a text whose keys and values the prefix starts from (the best start by far); ``"words:good film"``
             for words each read on its own; ``"random"``, scaled to the model's own keys and values; None for a
-            general task text. With ``tasks``, a mapping from each of them to a start of its own as well.
+            general task text. With ``tasks``, a mapping from each of them to a start of its own as well, where
+            ``"*"`` is for those that it doesn't name and for the ``common`` tokens; or ``"orthogonal"``: random, each
+            task in a subspace of its own (``foreword.orthogonal``).
         repeat: whether an ``init`` text shorter than ``length`` is repeated (it is refused otherwise).
         reparam: what is trained: ``"direct"`` the keys and values, ``"mlp"`` an MLP that makes them (the paper's,
             with ``init="random"``; from a text, the MLP adds to it and starts at zero), ``"low-rank"`` a product
@@ -65,6 +67,7 @@ class PrefixConfig:
         head: train the model's own head as well and save it with the prefix (P-Tuning v2): ``"sequence"``,
             ``"token"``, ``"question"`` or ``"choice"``, which must be what the model has.
         tasks: names, for a prefix each in one run; each row of a batch says its own: ``model(..., task=[...])``.
+        common: how many of the first virtual tokens are one set for all ``tasks``; the others are each task's own.
         condition: numbers in a vector that each row's prefix is made from: ``model(..., condition=(B, C))``. Needs
             ``reparam="mlp"``.
         share: None; ``"layers"``: one MLP makes each site's keys and values, told which (for ``reparam="mlp"``);
@@ -75,7 +78,7 @@ class PrefixConfig:
     """
 
     length: int | None = 20
-    init: str | Mapping[str, str] | None = None
+    init: str | Mapping[str, str | None] | None = None
     repeat: bool = False
     reparam: Literal["direct", "mlp", "low-rank"] = "direct"
     depth: int = 2
@@ -94,6 +97,7 @@ class PrefixConfig:
     position_offset: int = 0
     head: Literal["sequence", "token", "question", "choice"] | None = None
     tasks: Sequence[str] = ()
+    common: int = 0
     condition: int | None = None
     share: Literal["layers", "keys"] | None = None
     learning_rate: float | None = None
@@ -108,7 +112,7 @@ class PrefixConfig:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ConfigError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}")
-        for name, least in (("depth", 1), ("hidden", 1), ("rank", 1), ("position_offset", 0)):
+        for name, least in (("depth", 1), ("hidden", 1), ("rank", 1), ("position_offset", 0), ("common", 0)):
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"{name}={value}; expected {least} or more")
         if self.depth > 3:
@@ -134,7 +138,7 @@ class PrefixConfig:
             raise ConfigError('init is an empty text; write a few words about the task, or use init="random"')
         if (init or "").startswith("words:") and not (init or "")[6:].split():
             raise ConfigError('init="words:" names no word; write e.g. init="words:film review praise"')
-        if self.length is None and (init is None or init == "random"):
+        if self.length is None and (init is None or init in ("random", "orthogonal")):
             raise ConfigError("length=None takes the length of the init text; give a text, or a length")
 
     def _check_lengths(self) -> None:
@@ -153,10 +157,8 @@ class PrefixConfig:
                 raise ConfigError(f"the task name {name!r} can't name a folder; use letters, digits, _ . and -")
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"tasks={self.tasks!r} names a task twice; expected different names")
-        if isinstance(self.init, Mapping) and set(self.init) != set(self.tasks):
-            raise ConfigError(
-                f"init names {sorted(self.init)} and tasks {sorted(self.tasks)}; expected a start for each task"
-            )
+        self._check_starts()
+        self._check_common()
         if self.share == "keys" and not (self.tasks and self.reparam == "direct"):
             raise ConfigError('share="keys" is for several tasks with reparam="direct"; name them: tasks=("a", "b")')
         if self.orthogonal and self.reparam != "mlp":
@@ -174,6 +176,42 @@ class PrefixConfig:
                 f"condition={self.condition} needs an MLP of 2 or 3 layers that reads the vector (of 1, all tokens "
                 'would move alike); use reparam="mlp"'
             )
+
+    def _check_starts(self) -> None:
+        """Starts by task."""
+        if isinstance(self.init, Mapping):
+            unknown, missing = set(self.init) - {*self.tasks, "*"}, set(self.tasks) - set(self.init)
+            if unknown or not self.tasks or (missing and "*" not in self.init):
+                raise ConfigError(
+                    f"init names {sorted(self.init)} and tasks {sorted(self.tasks)}; expected a start for each task "
+                    '("*" is for those that are not named)'
+                )
+            if "orthogonal" in self.init.values():
+                raise ConfigError('"orthogonal" is a start for all tasks together; give init="orthogonal"')
+        if self.init == "orthogonal" and len(self.tasks) < 2:
+            raise ConfigError(
+                f'init="orthogonal" keeps tasks apart, and there are {len(self.tasks)}; name two or more '
+                '(tasks=("a", "b")), or use init="random"'
+            )
+
+    def _check_common(self) -> None:
+        """Tokens that all tasks share."""
+        if not self.common:
+            return
+        if not self.tasks:
+            raise ConfigError(f'common={self.common} is shared by tasks; name them: tasks=("a", "b")')
+        lengths = [n for n in (self.length, *(self.lengths or {}).values()) if n]
+        if lengths and self.common >= min(lengths):
+            raise ConfigError(
+                f"common={self.common} of {min(lengths)} virtual tokens leaves the tasks none of their own; expected "
+                "fewer, or a greater length"
+            )
+        if self.freeze_first and self.common == 1:
+            raise ConfigError("common=1 with freeze_first leaves nothing common to train; use 2 or more, or 0")
+
+    def start_of(self, task: str) -> str | None:
+        """The ``init`` of one task; ``"*"``: of the common tokens."""
+        return self.init.get(task, self.init.get("*")) if isinstance(self.init, Mapping) else self.init
 
     def site_lengths(self, chosen: Sequence[Site], length: int) -> dict[str, int]:
         """Virtual tokens at each site, sites of length 0 left out.

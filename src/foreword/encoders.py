@@ -9,7 +9,7 @@ condition vector a row, from which that row's prefix is made. Then a dimension s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,8 +31,10 @@ class PrefixEncoder(nn.Module):
         start: keys and values to start from, by site name; ``(T, G, P, dim)`` for T tasks.
         freeze_first: whether the first token of each site stays as it starts.
         dropout: probability of dropping a number of the prefix in training.
+        common: how many of the first tokens all tasks share; they start alike.
 
     Attributes:
+        common: how many of the trained tokens are shared: those of the argument, without the frozen first.
         asks: what ``forward`` must be given: ``"task"``, numbers ``(T',)`` of the tasks wanted, which then stand in
             front of all shapes; ``"condition"``, ``(R, C)`` vectors, likewise; None: nothing.
         active: how many tokens there are yet, of a prefix that grows; None: all.
@@ -42,8 +44,9 @@ class PrefixEncoder(nn.Module):
     asks: Literal["task", "condition"] | None = None
     condition: int | None = None  # numbers in a condition vector
 
-    def __init__(self, start: Start, *, freeze_first: bool, dropout: float) -> None:
+    def __init__(self, start: Start, *, freeze_first: bool, dropout: float, common: int = 0) -> None:
         super().__init__()
+        self.common = max(0, common - freeze_first)
         self.names = list(start)
         self.longest = max((k.shape[-2] for k, _ in start.values()), default=0)
         self.active: int | None = None
@@ -84,8 +87,8 @@ class PrefixEncoder(nn.Module):
         each[self.active - count :] = weight
         return each[: keys.shape[-2]].log().expand(len(keys) if keys.dim() == 4 else 1, -1)
 
-    def by_token(self) -> list[nn.Parameter]:
-        """The parameters that have a row a token, in the last dimension but one."""
+    def by_token(self) -> list[tuple[int, nn.Parameter]]:
+        """The parameters that have a row a token, in the last dimension but one, and which token their first is."""
         return []
 
     def get_extra_state(self) -> Tensor:
@@ -98,6 +101,22 @@ class PrefixEncoder(nn.Module):
     def of_tasks(self, tensor: Tensor, given: Tensor | None) -> Tensor:
         """``(T, ...)`` -> the tasks given; anything else is for all of them."""
         return tensor[given] if self.asks == "task" else tensor
+
+    def own_and_common(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``(T, ..., P, dim)`` -> the tasks' own tokens, and those for all of them, ``(..., common, dim)``."""
+        if not self.common:
+            return tensor, None
+        return tensor[..., self.common :, :].contiguous(), tensor[0, ..., : self.common, :].contiguous()
+
+    def behind(self, common: nn.ParameterList, i: int, own: Tensor) -> Tensor:
+        """``(..., P, dim)``: own tokens after the i-th common ones, if there are any."""
+        if not self.common:
+            return own
+        return torch.cat([common[i].expand(*own.shape[:-2], *common[i].shape[-2:]), own], dim=-2)
+
+    def _rows(self, own: Iterable[nn.Parameter], common: Iterable[nn.Parameter]) -> list[tuple[int, nn.Parameter]]:
+        first = int(self.freeze_first)
+        return [*((first + self.common, p) for p in own), *((first, p) for p in common)]
 
     def _with_first(self, buffer: str, rest: Tensor, given: Tensor | None) -> Tensor:
         first = self.of_tasks(getattr(self, buffer), given)
@@ -132,24 +151,45 @@ class Direct(PrefixEncoder):
     """
 
     def __init__(
-        self, start: Start, *, freeze_first: bool = False, dropout: float = 0.0, share_keys: bool = False
+        self,
+        start: Start,
+        *,
+        freeze_first: bool = False,
+        dropout: float = 0.0,
+        share_keys: bool = False,
+        common: int = 0,
     ) -> None:
         if share_keys:
             start = {n: (k[:1], v) for n, (k, v) in start.items()}
-        super().__init__(start, freeze_first=freeze_first, dropout=dropout)
-        trained = self._trained(start)
+        super().__init__(start, freeze_first=freeze_first, dropout=dropout, common=common)
         self.share_keys = share_keys
-        self.keys = nn.ParameterList([k for k, _ in trained])
-        self.values = nn.ParameterList([v for _, v in trained])
+        self.keys, self.values = nn.ParameterList(), nn.ParameterList()
+        self.common_keys, self.common_values = nn.ParameterList(), nn.ParameterList()
+        for pair in self._trained(start):
+            parts = ((self.keys, self.common_keys), (self.values, self.common_values))
+            for states, (own_part, common_part) in zip(pair, parts, strict=True):
+                own, shared = self.own_and_common(states)
+                own_part.append(nn.Parameter(own))
+                if shared is not None:
+                    common_part.append(nn.Parameter(shared))
 
-    def by_token(self) -> list[nn.Parameter]:
-        return [*self.keys, *self.values]
+    def by_token(self) -> list[tuple[int, nn.Parameter]]:
+        return self._rows([*self.keys, *self.values], [*self.common_keys, *self.common_values])
+
+    def by_site(self) -> list[list[nn.Parameter]]:
+        """The parameters of each site of ``names``."""
+        lists = (self.keys, self.values, self.common_keys, self.common_values)
+        return [[part[i] for part in lists if len(part)] for i in range(len(self.names))]
 
     def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        values = [self.of_tasks(v, given) for v in self.values]
-        if self.share_keys:
-            return [(k.expand(len(v), -1, -1, -1), v) for k, v in zip(self.keys, values, strict=True)]
-        return list(zip([self.of_tasks(k, given) for k in self.keys], values, strict=True))
+        states = []
+        for i, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            own_values = self.of_tasks(values, given)
+            own_keys = keys.expand(len(own_values), -1, -1, -1) if self.share_keys else self.of_tasks(keys, given)
+            states.append((
+                self.behind(self.common_keys, i, own_keys), self.behind(self.common_values, i, own_values)
+            ))  # fmt: skip
+        return states
 
     def _with_first(self, buffer: str, rest: Tensor, given: Tensor | None) -> Tensor:
         if self.share_keys and buffer.startswith("first_keys"):
@@ -160,8 +200,8 @@ class Direct(PrefixEncoder):
 class _Produced(PrefixEncoder):
     """Encoders that make one long row a token, cut into the sites' keys and values, and may add it to a start."""
 
-    def __init__(self, start: Start, *, freeze_first: bool, dropout: float, residual: bool) -> None:
-        super().__init__(start, freeze_first=freeze_first, dropout=dropout)
+    def __init__(self, start: Start, *, freeze_first: bool, dropout: float, residual: bool, common: int) -> None:
+        super().__init__(start, freeze_first=freeze_first, dropout=dropout, common=common)
         trained = self._trained(start)
         self.residual = residual
         self.tasks = trained[0][0].shape[:-3]  # (T,), or () without tasks
@@ -220,18 +260,23 @@ class MLP(_Produced):
         share_layers: bool = False,
         condition: int | None = None,
         orthogonal: bool = False,
+        common: int = 0,
     ) -> None:
-        super().__init__(start, freeze_first=freeze_first, dropout=dropout, residual=residual)
+        super().__init__(start, freeze_first=freeze_first, dropout=dropout, residual=residual, common=common)
         self.groups = [list(g) for g in groups]
         self.condition = condition
         if condition is not None:
             self.asks = "condition"
             self.read = nn.Linear(condition, hidden, bias=False)
         self.embeddings, self.layers = nn.ParameterList(), nn.ParameterList()
+        self.common_embeddings = nn.ParameterList()
         self.nets = nn.ModuleList()
         for group in self.groups:
             length = max(self.shapes[i][0][1] for i in group)
-            self.embeddings.append(nn.Parameter(torch.randn(*self.tasks, length, hidden)))
+            own, shared = self.own_and_common(torch.randn(*self.tasks, length, hidden))
+            self.embeddings.append(nn.Parameter(own))
+            if shared is not None:
+                self.common_embeddings.append(nn.Parameter(shared))
             made = self._made_at_once(group, share_layers)
             if share_layers:
                 self.layers.append(nn.Parameter(torch.randn(len(group), hidden)))
@@ -248,8 +293,8 @@ class MLP(_Produced):
                 nn.init.zeros_(last.bias)
             self.nets.append(nn.Sequential(*layers, last))
 
-    def by_token(self) -> list[nn.Parameter]:
-        return [*self.embeddings]
+    def by_token(self) -> list[tuple[int, nn.Parameter]]:
+        return self._rows(self.embeddings, self.common_embeddings)
 
     def _made_at_once(self, group: list[int], share_layers: bool) -> list[int]:
         """The sites that a row of the MLP's output is for."""
@@ -265,7 +310,7 @@ class MLP(_Produced):
     def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         states: dict[int, tuple[Tensor, Tensor]] = {}
         for n, (group, embedding, net) in enumerate(zip(self.groups, self.embeddings, self.nets, strict=True)):
-            rows = self.of_tasks(embedding, given)  # (..., P, hidden)
+            rows = self.behind(self.common_embeddings, n, self.of_tasks(embedding, given))  # (..., P, hidden)
             if self.condition is not None:
                 assert given is not None
                 rows = rows + self.read(given.to(embedding)).unsqueeze(-2)  # (R, P, hidden)
@@ -295,28 +340,40 @@ class LowRank(_Produced):
     Tasks have a P' each and share W_up.
     """
 
-    def __init__(self, start: Start, *, rank: int = 8, freeze_first: bool = False, dropout: float = 0.0) -> None:
-        super().__init__(start, freeze_first=freeze_first, dropout=dropout, residual=True)
-        self.tokens = nn.Parameter(torch.randn(*self.tasks, self.length, rank))
+    def __init__(
+        self, start: Start, *, rank: int = 8, freeze_first: bool = False, dropout: float = 0.0, common: int = 0
+    ) -> None:
+        super().__init__(start, freeze_first=freeze_first, dropout=dropout, residual=True, common=common)
+        own, shared = self.own_and_common(torch.randn(*self.tasks, self.length, rank))
+        self.tokens = nn.Parameter(own)
+        self.common_tokens = nn.ParameterList([shared] if shared is not None else [])
         self.up = nn.Parameter(torch.zeros(rank, sum(self.widths(range(len(self.names))))))
 
-    def by_token(self) -> list[nn.Parameter]:
-        return [self.tokens]
+    def by_token(self) -> list[tuple[int, nn.Parameter]]:
+        return self._rows([self.tokens], self.common_tokens)
 
     def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        return self.cut(self.of_tasks(self.tokens, given) @ self.up, range(len(self.names)), given)
+        tokens = self.behind(self.common_tokens, 0, self.of_tasks(self.tokens, given))
+        return self.cut(tokens @ self.up, range(len(self.names)), given)
 
 
 def make_encoder(config: PrefixConfig, start: Start, sites: Sequence[Site]) -> PrefixEncoder:
     """The encoder that a configuration asks for, beginning at ``start``.
 
     Raises:
-        ConfigError: the first token is to be frozen and there is no other, or the sites can't share an MLP.
+        ConfigError: the first token is to be frozen and there is no other, the common tokens are all there are, or
+            the sites can't share an MLP.
     """
     shortest = min(k.shape[-2] for k, _ in start.values())
     if config.freeze_first and shortest < 2:
         raise ConfigError(f"freeze_first with a site of {shortest} token leaves nothing to train; use length 2 or more")
-    shared: dict[str, Any] = {"freeze_first": config.freeze_first, "dropout": config.dropout}
+    if config.common >= shortest:
+        raise ConfigError(
+            f"common={config.common} with a site of {shortest} tokens leaves the tasks none of their own; use fewer"
+        )
+    shared: dict[str, Any] = {
+        "freeze_first": config.freeze_first, "dropout": config.dropout, "common": config.common,
+    }  # fmt: skip
     if config.reparam == "direct":
         return Direct(start, share_keys=config.share == "keys", **shared)
     with torch.random.fork_rng(devices=[]):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
+from foreword._offloaded import is_there, numbers
 from foreword.sites import Site
 
 _PARAMETERS, _NUMBERS = 8, 8
@@ -90,11 +91,12 @@ def _sample(model: PreTrainedModel, names: Collection[str]) -> dict[str, list[fl
     """The first numbers of a few floating-point parameters spread over the backbone, or of those named.
 
     A head may be new and random, and so may a pooler that the checkpoint lacks. Quantised weights are left out: the
-    same base in another width is the same base, and embeddings and norms, which keep theirs, tell two bases apart.
+    same base in another width is the same base, and embeddings and norms, which keep theirs, tell two bases apart. Of
+    weights that are kept elsewhere (offloaded), the numbers are fetched.
     """
     usable = [
         (n, p) for n, p in model.named_parameters()
-        if p.is_floating_point() and not p.is_meta and p.numel() >= _NUMBERS and not n.startswith("foreword.")
+        if p.is_floating_point() and is_there(model, n, p) and p.numel() >= _NUMBERS and not n.startswith("foreword.")
         and (hasattr(p, "full_tensor") or not is_traceable_wrapper_subclass(p))
     ]  # fmt: skip
     backbone = f"{model.base_model_prefix}."
@@ -106,7 +108,8 @@ def _sample(model: PreTrainedModel, names: Collection[str]) -> dict[str, list[fl
     step = max(1, len(usable) // _PARAMETERS)
     chosen = named or usable[::step][:_PARAMETERS]
     with torch.no_grad():
-        return {n: [float(x) for x in _whole(p).flatten()[:_NUMBERS].float().cpu()] for n, p in chosen}
+        whole = {n: _whole(numbers(model, n, p)) for n, p in chosen}
+        return {n: [float(x) for x in tensor.flatten()[:_NUMBERS].float().cpu()] for n, tensor in whole.items()}
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ comparison), so the default is a text.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from foreword.config import DEFAULT_TEXT, PrefixConfig
 from foreword.errors import ConfigError, UnsupportedModelError
+from foreword.orthogonal import check_room, orthogonalised
 from foreword.positions import Rotation
 from foreword.sites import Call, Site, dry_run, input_device
 
@@ -76,21 +77,67 @@ def initial_states(
     return {n: (states[n][0][:, :p].clone(), states[n][1][:, :p].clone()) for n, p in lengths.items()}
 
 
-def _of_tasks(config: PrefixConfig, model: PreTrainedModel, *rest: Any) -> States:
-    each = []
-    for i, task in enumerate(config.tasks):
-        init = config.init[task] if isinstance(config.init, Mapping) else config.init
-        own = replace(config, tasks=(), share=None, init=init, seed=config.seed + i)
-        each.append(initial_states(own, model, *rest))
-    lengths = [next(iter(states.values()))[0].shape[1] for states in each]
+def _of_tasks(
+    config: PrefixConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    chosen: Sequence[Site],
+    rotations: Mapping[str, Rotation],
+    example_inputs: Mapping[str, Any] | None,
+) -> States:
+    """Every task's start, ``(T, G, P, dim)``; the common tokens are the same numbers in all of them.
+
+    Where all tasks start from one text, the common tokens are its first. Where each has a start of its own, the common
+    tokens have one too (``"*"``, or the general text), and stand before it as in ``Prefix.join``.
+    """
+    apart = config.common if isinstance(config.init, Mapping) or config.init == "orthogonal" else 0
+    rest = (model, tokenizer, chosen, rotations, example_inputs)
+    if config.init == "orthogonal":
+        assert config.length is not None
+        own = _alone(config, "random", config.length - apart, lambda n: n - apart)
+        lengths = own.site_lengths(chosen, config.length - apart)
+        together = orthogonal_states(model, chosen, lengths, len(config.tasks), config.seed, example_inputs)
+    else:
+        length = config.length - apart if config.length is not None else None
+        own_starts = [_alone(config, config.start_of(task), length, lambda n: n - apart) for task in config.tasks]
+        together = _stacked(
+            [initial_states(replace(own, seed=own.seed + i), *rest) for i, own in enumerate(own_starts)], config.tasks
+        )
+    if apart:
+        init = "random" if config.init == "orthogonal" else config.start_of("*")
+        first = initial_states(_alone(config, init, apart, lambda _: apart), *rest)
+        back = -max(keys.shape[-2] for keys, _ in together.values())
+        return {
+            n: (_before(_moved(rotations, n, first[n][0], back), keys), _before(first[n][1], values))
+            for n, (keys, values) in together.items()
+        }
+    for tensor in (t for states in together.values() for t in states):  # random starts differ from task to task
+        tensor[..., : config.common, :] = tensor[:1, ..., : config.common, :].clone()
+    return together
+
+
+def _alone(config: PrefixConfig, init: str | None, length: int | None, size: Callable[[int], int]) -> PrefixConfig:
+    """A start for one task, or for the common tokens; where a site has a length of its own, it is resized."""
+    lengths = {pattern: n and size(n) for pattern, n in (config.lengths or {}).items()}
+    return replace(config, tasks=(), common=0, share=None, init=init, length=length, lengths=lengths)
+
+
+def _stacked(starts: Sequence[States], tasks: Sequence[str]) -> States:
+    lengths = [next(iter(states.values()))[0].shape[1] for states in starts]
     if len(set(lengths)) > 1:
-        said = ", ".join(f"{task} {n}" for task, n in zip(config.tasks, lengths, strict=True))
+        said = ", ".join(f"{task} {n}" for task, n in zip(tasks, lengths, strict=True))
         raise ConfigError(
             f"the tasks' texts have different lengths ({said} tokens); give one for all: length={min(lengths)}"
         )
     return {
-        name: (torch.stack([s[name][0] for s in each]), torch.stack([s[name][1] for s in each])) for name in each[0]
+        name: (torch.stack([s[name][0] for s in starts]), torch.stack([s[name][1] for s in starts]))
+        for name in starts[0]
     }
+
+
+def _before(first: Tensor, rest: Tensor) -> Tensor:
+    """``(G, C, dim)`` before each task's ``(T, G, P, dim)``."""
+    return torch.cat([first.expand(len(rest), -1, -1, -1), rest], dim=-2)
 
 
 def text_states(
@@ -166,12 +213,7 @@ def random_states(
     example_inputs: Mapping[str, Any] | None = None,
 ) -> States:
     """Normal numbers with the mean and spread of the model's own keys and values, by head and dimension."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def observe(call: Call, _: str) -> None:
-        seen.setdefault(call.name, (call.key.detach().float().cpu(), call.value.detach().float().cpu()))
-
-    dry_run(model, observe, example_inputs)
+    seen = _own_states(model, example_inputs)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(states: Tensor, length: int) -> Tensor:  # (B, G, N, dim) -> (G, length, dim)
@@ -186,6 +228,45 @@ def random_states(
     }
 
 
+def orthogonal_states(
+    model: PreTrainedModel,
+    chosen: Sequence[Site],
+    lengths: Mapping[str, int],
+    tasks: int,
+    seed: int,
+    example_inputs: Mapping[str, Any] | None = None,
+) -> States:
+    """Random tokens of T tasks in mutually orthogonal subspaces, ``(T, G, P, dim)`` (``foreword.orthogonal``).
+
+    They are as large as those of ``random_states`` on average, in each head and dimension, but around 0: a mean that
+    all had would not be orthogonal.
+
+    Raises:
+        ConfigError: a site has no room for so many.
+    """
+    check_room({s.name: s for s in chosen}, lengths, tasks)
+    seen = _own_states(model, example_inputs)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(states: Tensor, length: int) -> Tensor:  # (B, G, N, dim) -> (T, G, length, dim)
+        rows = states.transpose(0, 1).flatten(1, 2)
+        size = rows.square().mean(1, keepdim=True).sqrt()
+        return orthogonalised(size * torch.randn(tasks, rows.shape[0], length, rows.shape[2], generator=generator))
+
+    return {name: (draw(seen[name][0], length), draw(seen[name][1], length)) for name, length in lengths.items()}
+
+
+def _own_states(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None) -> States:
+    """Keys and values ``(B, G, N, dim)`` of each site in a dry run, float32 on the CPU."""
+    seen: States = {}
+
+    def observe(call: Call, _: str) -> None:
+        seen.setdefault(call.name, (call.key.detach().float().cpu(), call.value.detach().float().cpu()))
+
+    dry_run(model, observe, example_inputs)
+    return seen
+
+
 def _states_of(model: PreTrainedModel, ids: Tensor, chosen: Sequence[Site]) -> States:
     """Keys and values ``(1, G, P, dim)`` of each chosen site for token ids ``(1, P)``, float32 on the CPU."""
     wanted = {s.name: s for s in chosen}
@@ -197,8 +278,11 @@ def _states_of(model: PreTrainedModel, ids: Tensor, chosen: Sequence[Site]) -> S
     inputs: dict[str, Any] = {"input_ids": ids.to(input_device(model))}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    if "attention_mask" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    if "attention_mask" in parameters:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "logits_to_keep" in parameters:  # nobody reads them, and a long text's are larger than the model
+        inputs["logits_to_keep"] = 1
     states: States = {}
 
     def observe(call: Call, _: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from foreword._offloaded import device_of
 from foreword.errors import ConfigError, UnsupportedModelError
 from foreword.methods import PromptConfig
 from foreword.prompts import prompt_start
@@ -114,8 +115,8 @@ def input_prompt(
 
 def saved_prompt(model: PreTrainedModel, record: Mapping[str, Any]) -> InputPrompt:
     """The part that a saved record speaks of, with embeddings yet to be loaded."""
-    table: Any = text_encoder(model).get_input_embeddings().weight
-    return InputPrompt(torch.zeros(int(record["length"]), table.shape[1], device=table.device))
+    embedding: Any = text_encoder(model).get_input_embeddings()
+    return InputPrompt(torch.zeros(int(record["length"]), embedding.weight.shape[1], device=device_of(embedding)))
 
 
 def reads_into_decoder(model: PreTrainedModel) -> bool:
@@ -147,7 +148,7 @@ def text_encoder(model: PreTrainedModel) -> PreTrainedModel:
 @torch.no_grad()
 def _check_embeddings(model: PreTrainedModel, encoder: PreTrainedModel) -> None:
     """Raise UnsupportedModelError if an encoder does more to its ids than look them up (scale them, say)."""
-    if model.device.type == "meta":
+    if device_of(model).type == "meta":
         return
     ids = text_inputs(model)["input_ids"]
     ids = ids.flatten(0, -2)  # of multiple choice

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What ``kind`` selects: the transformers class that reads the model.
-KINDS = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
+KINDS = {
+    "causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "masked-lm": "AutoModelForMaskedLM",
+    "encoder": "AutoModel",
+}  # fmt: skip
 
 DEMO = "demo"
 GGUF_MAGIC = b"GGUF"
@@ -40,6 +43,7 @@ def load_model(
     attn: str | None = None,
     device: str | None = None,
     quantize: str | None = None,
+    offload: str | int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, in eval mode.
 
@@ -47,19 +51,22 @@ def load_model(
         name: ``"demo"`` (the packaged SmolLM2-135M-Instruct), a local folder in the transformers layout, a
             ``.gguf`` file, or a name on the model hub. A local folder that is itself called ``demo`` is
             ``"./demo"``.
-        kind: ``"causal-lm"``, ``"seq2seq-lm"`` or ``"encoder"`` (no language-model head).
+        kind: ``"causal-lm"``, ``"seq2seq-lm"``, ``"masked-lm"`` or ``"encoder"`` (no language-model head).
         dtype: a torch dtype or its name; None keeps the precision the weights are stored in.
         attn: transformers' ``attn_implementation`` (``"eager"``, ``"sdpa"``, ...); None lets it choose.
         device: where to put the model, such as ``"cpu"`` or ``"cuda:0"``; None leaves it on the CPU.
         quantize: ``"int8"`` or ``"int4"``: the width of the linear layers' weights, by a backend that is installed
             (torchao, bitsandbytes, quanto), or by one that is named: ``"int4:quanto"``. None: as they are stored.
+        offload: the most of the weights to hold in the memory of the device that computes, ``"2GB"`` or bytes; the
+            others are brought in when they are used, from the CPU's memory or, where the CPU computes, from the
+            model's files. None: all are held.
 
     A GGUF file is converted to plain 32-bit weights in :func:`cache_dir` the first time (about four bytes a
     parameter on disk), and loads from there in seconds afterwards.
 
     Raises:
-        ConfigError: the name, kind, dtype, device or ``quantize`` is wrong, files are missing or damaged, or the hub
-            cannot be reached.
+        ConfigError: the name, kind, dtype, device, ``quantize`` or ``offload`` is wrong, files are missing or damaged,
+            or the hub cannot be reached.
         UnsupportedModelError: the model is of another kind, or needs code from its own repository.
         MissingPartError: the demo package, the reader for GGUF files or a quantisation backend is not installed.
     """
@@ -70,15 +77,23 @@ def load_model(
         settings["attn_implementation"] = attn
     where = _resolve_device(device)
     if quantize is not None:
-        from .quantized import quantization_config
+        from .quantized import give_back_memory, quantization_config
 
         settings["quantization_config"] = quantization_config(quantize)
         if where is not None:
             settings["device_map"] = {"": where}  # quantised where it is to stay: some backends cannot be moved
+    if offload is not None:
+        if quantize is not None:
+            raise ConfigError("offload and quantize do not go together here: narrow weights are not brought in again.")
+        from ._offloaded import settings as offloading
+
+        settings |= offloading(offload, where)
     source, local = _locate(name, kind)
 
     tokenizer = _read("AutoTokenizer", source, local)
     model, info = _read(KINDS[kind], source, local, output_loading_info=True, **settings)
+    if quantize is not None:
+        give_back_memory()
     missing = sorted(info["missing_keys"])
     # A missing head would be filled with random numbers. Encoders often lack an unused pooler: they may.
     if missing and kind != "encoder":
@@ -86,7 +101,7 @@ def load_model(
             f"{source} has no weights for {_some(missing)}, so it is not a complete {kind} model. Use "
             f"another checkpoint, or the kind that it was saved as ({_other_kinds(kind)})."
         )
-    if where is not None and quantize is None:
+    if where is not None and quantize is None and offload is None:
         model.to(where)
     if (converted := re.fullmatch(r"(.+)-[0-9a-f]{16}", Path(source).name)) and cache_dir() in Path(source).parents:
         model.config._name_or_path = converted[1]  # what a prefix remembers of its base: the file, not our cache
@@ -332,6 +347,12 @@ def _explained(error: Exception, loader: str, source: str, local: bool) -> Confi
         )
     if "attn_implementation" in text or "scaled_dot_product_attention" in text:
         return ConfigError(f"{source} cannot use the attention asked for: {_first_line(error)}")
+    if "offload_folder" in text:
+        return ConfigError(
+            f"{source} does not store its weights as the model uses them (no safetensors, or a mixture of experts), so "
+            "they cannot be brought in from its files. Load it with transformers, with an offload_folder that has room "
+            "for them: from_pretrained(..., device_map=..., offload_folder=...)."
+        )
     if local:
         part = "tokenizer" if loader == "AutoTokenizer" else "model"
         return ConfigError(

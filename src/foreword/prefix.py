@@ -21,6 +21,7 @@ from foreword.memory import Recall
 from foreword.positions import Rotation, find_rotations
 from foreword.sites import Site
 from foreword.sites import sites as find_sites
+from foreword.storage import Storage
 from foreword.visibility import Visibility
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Prefix:
         recall: how the memory is read.
         parts: the configurations of other methods trained with it (LoRA, adapters, a head, …), as JSON has them.
         weights: their tensors, by ``method/name``.
+        log_weights: by site name, ``(length,)`` added to the scores of the tokens: log n for one that stands for n.
+            Sites may be missing.
+        storage: how :meth:`save` writes keys and values.
     """
 
     keys: Mapping[str, Tensor]
@@ -70,6 +74,8 @@ class Prefix:
     recall: Recall = field(default_factory=Recall)
     parts: Sequence[Mapping[str, Any]] = ()
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    log_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    storage: Storage = field(default_factory=Storage)
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sites]
@@ -82,6 +88,7 @@ class Prefix:
                 ("bias", self.bias, (site.heads,)),
                 ("gate", self.gates, (site.heads,)),
                 ("reading", self.readings, (site.heads, site.key_dim + 1)),
+                ("log_weight", self.log_weights, (self.length(site.name),)),
                 ("memory", self.memory, (site.heads, site.key_dim, self._rank(site.name) or site.value_dim)),
                 ("memory_up", self.memory_up, (site.heads, self._rank(site.name), site.value_dim)),
             ):
@@ -198,15 +205,21 @@ class Prefix:
         if any(p["method"] == "condition" for p in self.parts):
             raise ConfigError(f"a prefix that depends on a condition can't be {doing}; make a plain one: given(vector)")
 
-    def save(self, folder: str | Path, *, overwrite: bool = True) -> Path:
+    def save(self, folder: str | Path, *, overwrite: bool = True, storage: Storage | str | None = None) -> Path:
         """Write ``prefix.safetensors``, ``foreword.json`` and ``README.md``, all of them or none.
+
+        Args:
+            storage: how keys and values are written, also ``"plain"``, ``"int8"``, ``"int4"``; None: as
+                ``self.storage`` says, which is how they were stored when loaded.
 
         Raises:
             PrefixFileError: the folder holds something else, or can't be written.
+            ConfigError: an unknown storage, or numbers that it can't hold.
         """
         from foreword._prefix_file import save
 
-        return save(self, Path(folder), overwrite=overwrite)
+        chosen = Storage.of(storage) if isinstance(storage, str) else storage
+        return save(replace(self, storage=chosen or self.storage), Path(folder), overwrite=overwrite)
 
     # ---------------------------------------------------------------- what is in it
 
@@ -223,11 +236,18 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything in it.
+        """Bytes of everything in it, in memory; for those of its file see ``stored_nbytes``.
 
         Of keys and values: sum over sites of ``length * kv_heads * (key_dim + value_dim) * itemsize``.
         """
         return sum(t.numel() * t.element_size() for group in self._groups().values() for t in group.values())
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of the ``prefix.safetensors`` that :meth:`save` writes, its head and description included."""
+        from foreword._prefix_file import stored_nbytes
+
+        return stored_nbytes(self)
 
     @property
     def num_parameters(self) -> int:
@@ -236,10 +256,10 @@ class Prefix:
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         """Everything that is a tensor."""
-        return {name: getattr(self, name) for name in (*_COUNTED, "bias", "gates", "readings")}
+        return {name: getattr(self, name) for name in (*_COUNTED, "bias", "gates", "readings", "log_weights")}
 
     def __eq__(self, other: object) -> bool:
-        """Equal sites, positions and tensors, to the bit; metadata and fingerprint don't count."""
+        """Equal sites, positions and tensors, to the bit; metadata, fingerprint and storage don't count."""
         if not isinstance(other, Prefix):
             return NotImplemented
         mine, theirs = self._groups(), other._groups()
@@ -277,7 +297,10 @@ class Prefix:
         keys = {n: k[:, start:stop] for n, k in self.keys.items()}
         if all(k.shape[1] == 0 for k in keys.values()):
             raise ConfigError(f"slice({start}, {stop}) leaves no virtual token of {self.longest}")
-        return replace(self, keys=keys, values={n: v[:, start:stop] for n, v in self.values.items()})
+        values = {n: v[:, start:stop] for n, v in self.values.items()}
+        return replace(
+            self, keys=keys, values=values, log_weights={n: w[start:stop] for n, w in self.log_weights.items()}
+        )
 
     def join(self, other: Prefix) -> Prefix:
         """This prefix's tokens, then the other's; in rotary models these move back to stand before the other's.
@@ -285,35 +308,9 @@ class Prefix:
         Raises:
             MismatchError: different sites, positions, or gates.
         """
-        for prefix in (self, other):
-            prefix._check_whole("joined")
-        if list(self.keys) != list(other.keys):
-            raise MismatchError("the two prefixes stand at different attention sites; join needs the same ones")
-        if self.position_offset != other.position_offset:
-            raise MismatchError(
-                f"the two prefixes expect text at positions {self.position_offset} and {other.position_offset}; "
-                "shift one of them first"
-            )
-        if any(p.bias or p.gates or p.readings for p in (self, other)):
-            raise MismatchError("prefixes with gates or weights per head can't be joined: the gates differ by token")
-        if self.visible != other.visible:
-            raise MismatchError("the two prefixes are seen by different positions, so they can't become one")
-        if any(p.memory or p.parts for p in (self, other)):
-            raise MismatchError("prefixes with a memory or trained weights can't be joined; attach them as a list")
-        for name, rotation in self.rotations.items():
-            if name not in other.rotations or not rotation.equals(other.rotations[name]):
-                raise MismatchError(f"the two prefixes rotate differently at {name}: they are of different models")
+        from foreword._join import join
 
-        def moved(name: str) -> Tensor:
-            rotation = self.rotations.get(name)
-            keys = self.keys[name]
-            return keys if rotation is None else rotation(keys, -other.keys[name].shape[1])
-
-        return replace(
-            self,
-            keys={n: torch.cat([moved(n), other.keys[n].to(self.keys[n])], dim=1) for n in self.keys},
-            values={n: torch.cat([v, other.values[n].to(v)], dim=1) for n, v in self.values.items()},
-        )
+        return join(self, other)
 
     def shift(self, positions: int) -> Prefix:
         """The same prefix for text that starts ``positions`` later: keys rotated, ``position_offset`` moved.

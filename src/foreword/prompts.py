@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from foreword._offloaded import device_of
 from foreword.config import DEFAULT_TEXT
 from foreword.encoders import PrefixEncoder
 from foreword.errors import ConfigError
@@ -50,8 +51,8 @@ class Prompt(PrefixEncoder):
         self.rotations = dict(rotations)
         self.position_offset = position_offset
 
-    def by_token(self) -> list[nn.Parameter]:
-        return [self.embeddings]
+    def by_token(self) -> list[tuple[int, nn.Parameter]]:
+        return [(0, self.embeddings)]
 
     def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         model: PreTrainedModel = self.__dict__["model"]
@@ -104,20 +105,21 @@ def prompt_start(
         ConfigError: a text without a tokenizer, or one that is shorter than ``length``.
     """
     table: Tensor = embedding.weight
+    device = device_of(embedding)
     generator = torch.Generator().manual_seed(config.seed)
     if config.init in ("random", "vocabulary"):
         if config.length is None:
             raise ConfigError(f"length=None takes the length of the init text; give a length with init={config.init!r}")
         if config.init == "random":
-            start = torch.randn(config.length, table.shape[1], generator=generator).to(table.device)
-            whole = embedding(torch.arange(len(table), device=table.device)).float()
+            start = torch.randn(config.length, table.shape[1], generator=generator).to(device)
+            whole = embedding(torch.arange(len(table), device=device)).float()
             start = whole.mean(0) + start * whole.std(0)
         else:  # the most frequent tokens come first in nearly every vocabulary (Lester et al., section 3.2)
             ids = torch.randint(min(5000, len(table)), (config.length,), generator=generator)
-            start = embedding(ids.to(table.device))
+            start = embedding(ids.to(device))
     else:
         ids = torch.tensor(_ids_of_text(config, model, tokenizer))
-        start = embedding(ids.to(table.device))
+        start = embedding(ids.to(device))
     return start.float().clone()
 
 

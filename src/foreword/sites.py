@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foreword._interface import SLOT, Delegate, install, uninstall
+from foreword._offloaded import device_of
 from foreword.errors import ConfigError, ForewordError, UnsupportedModelError
 
 Kind = Literal["self", "cross", "encoder"]
@@ -118,7 +119,7 @@ def dry_run(
     inputs: dict[str, Any] = dict(example_inputs if example_inputs is not None else text_inputs(model))
     if "use_cache" in inspect.signature(model.forward).parameters:
         # On the meta device a cache keeps transformers from looking into position_ids for packed sequences.
-        inputs.setdefault("use_cache", model.device.type == "meta")
+        inputs.setdefault("use_cache", device_of(model).type == "meta")
     with recording(model, observe), evaluating(model), torch.no_grad():
         try:
             return model(**inputs)
@@ -205,7 +206,7 @@ def text_inputs(model: PreTrainedModel, length: int = _TOKENS) -> dict[str, Tens
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model's token ids go."""
-    return next(model.get_input_embeddings().parameters()).device
+    return device_of(model.get_input_embeddings())
 
 
 def _describe(call: Call, delegate_name: str, model: PreTrainedModel) -> Site:

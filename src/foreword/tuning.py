@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from foreword import _interface
 from foreword._given import Task
 from foreword._holder import CHILD, PrefixHolder, SiteSlot, require_detached, tuning_of
+from foreword._offloaded import device_of, flags_of, set_flags
 from foreword._passes import Passes
 from foreword._queries import Queries
 from foreword._sharded import show_shards
@@ -110,8 +111,7 @@ class Tuning:
         self.holder.moved = self._passes.forget
         self._strength = 1.0
         self._undo: list[Any] = []
-        show_shards(model)
-        self._flags: dict[nn.Parameter, bool] = {p: p.requires_grad for p in model.parameters()}
+        self._flags = flags_of(model)
 
     @property
     def tasks(self) -> Sequence[str]:
@@ -255,7 +255,7 @@ class Tuning:
                 keys if keys.dim() == 4 else keys.unsqueeze(0),
                 values if values.dim() == 4 else values.unsqueeze(0),
                 rows,
-                self.encoder.log_weights(keys),
+                self.holder.log_weights(i, keys),
                 bias=self.bias_at(i, self._strength),
                 gate=self.gate_at(i, self._strength),
                 reading=self.reading_at(i),
@@ -295,8 +295,7 @@ class Tuning:
         if strength == 1 or name in self.holder.gate:
             return learned
         if learned is None:
-            device = next(self.model.parameters()).device
-            return torch.full((self.sites[i].heads,), math.log(strength), device=device)
+            return torch.full((self.sites[i].heads,), math.log(strength), device=device_of(self.model))
         return learned + math.log(strength)
 
     def gate_at(self, i: int, strength: float) -> Tensor | None:
@@ -351,8 +350,7 @@ class Tuning:
         """Take LoRA and the like off the model, and give every parameter its ``requires_grad`` back."""
         for part in self.weight_parts():
             part.take_off(self.model)
-        for parameter, flag in self._flags.items():
-            parameter.requires_grad_(flag)
+        set_flags(self.model, self._flags)
 
     def install(self, *, trainable: bool) -> None:
         """Put everything that was built onto the model. ``attach`` calls it."""
@@ -380,9 +378,12 @@ class Tuning:
         """Move what is ours to the model's device (weight parts are there), and a frozen prefix to its dtype."""
         place = self.model.get_submodule(self.sites[0].name) if self.sites else self.model
         first = next(place.parameters(), None)
-        device = first.device if first is not None else self.model.device
-        own = [self.holder.encoder, self.holder.bias, self.holder.gate, self.holder.reading]
-        for module in [*own, *([self.holder.memory] if self.holder.memory is not None else [])]:
+        device = device_of(place if first is not None else self.model)
+        if device.type == "meta":  # by a hook further out
+            device = device_of(self.model)
+        holder = self.holder
+        own = [holder.encoder, holder.bias, holder.gate, holder.reading, holder.token_weights]
+        for module in [*own, *([holder.memory] if holder.memory is not None else [])]:
             module.to(device)
         if not trainable and first is not None and first.is_floating_point():
             self.encoder.to(first.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from foreword._offloaded import device_of, refuse_placeholders
 from foreword.errors import ConfigError, MismatchError, MissingPartError
 from foreword.methods import AdapterConfig, BitFitConfig, FullConfig, LoRAConfig
 from foreword.sites import Call, dry_run
@@ -119,6 +120,7 @@ class LoRA(WeightPart):
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
         found = {n: p for n, p in model.named_parameters() if p not in flags}
+        refuse_placeholders(model, found, "LoRA (PEFT puts it where the weights are)")
         self.names, self.values = list(found), nn.ParameterList(found.values())
 
     def take_off(self, model: PreTrainedModel) -> None:
@@ -147,10 +149,10 @@ class Adapters(WeightPart):
         act = {"relu": torch.relu, "gelu": nn.functional.gelu}[self.config.activation]
         for name in sublayer_outputs(model, self.config.style == "houlsby", self.example_inputs):
             module = model.get_submodule(name)
-            weight: Any = module.weight
             size, width = _width(module), self.config.width
             down = torch.randn(width, size, generator=generator) * size**-0.5
-            parts = [nn.Parameter(t.to(weight.device)) for t in (down, torch.zeros(width), torch.zeros(size, width),
+            device = device_of(module)
+            parts = [nn.Parameter(t.to(device)) for t in (down, torch.zeros(width), torch.zeros(size, width),
                                                                  torch.zeros(size))]  # fmt: skip
             self.names += [f"{name}.{p}" for p in ("down.weight", "down.bias", "up.weight", "up.bias")]
             self.values.extend(parts)
@@ -244,11 +246,14 @@ def bias_parameters(model: PreTrainedModel, config: BitFitConfig) -> OwnParamete
     """
     added: list[nn.Module] = []
     if config.missing == "add":
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and module.bias is None and _layer(model, name) is not None:
-                module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
-                added.append(module)
+        found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.bias is None]
+        bare = {n: m for n, m in found if _layer(model, n) is not None}
+        refuse_placeholders(model, {f"{n}.weight": m.weight for n, m in bare.items()}, "BitFit")
+        for module in bare.values():
+            module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
+            added.append(module)
     chosen = {n: p for n, p in model.named_parameters() if n.rsplit(".", 1)[-1] == "bias"}
+    refuse_placeholders(model, chosen, "BitFit")
     if not chosen:
         raise ConfigError(
             f'{type(model).__name__} has no biases to train; BitFitConfig(missing="add") gives its linear layers '
@@ -268,6 +273,7 @@ def all_parameters(model: PreTrainedModel, config: FullConfig) -> OwnParameters:
     except re.error as exc:
         raise ConfigError(f"parameters={config.parameters!r} is not a regular expression: {exc}") from None
     chosen = {n: p for n, p in model.named_parameters() if pattern.fullmatch(n) and p.is_floating_point()}
+    refuse_placeholders(model, chosen, "full fine-tuning")
     if not chosen:
         first = next(n for n, _ in model.named_parameters())
         raise ConfigError(f"parameters={config.parameters!r} matches no parameter such as {first!r}")
@@ -296,4 +302,5 @@ def head_parameters(model: PreTrainedModel, kind: str) -> OwnParameters:
             "leave head out"
         )
     chosen |= {n: p for n, p in model.named_parameters() if n.startswith(f"{backbone}pooler")}
+    refuse_placeholders(model, chosen, f"head={kind!r}")
     return OwnParameters("head", chosen)

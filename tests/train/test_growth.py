@@ -91,11 +91,13 @@ def test_resuming_gives_the_uninterrupted_run(config, checkpoint, tmp_path):
 def test_the_best_checkpoint_has_its_length(tmp_path):
     made, tuning = grown(
         tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, save_steps=2,
-        learning_rate=3.0, max_grad_norm=0.0, warmup_steps=0,
+        learning_rate=300.0, max_grad_norm=0.0, warmup_steps=0,
     )  # fmt: skip
     best = int(made.state.best_model_checkpoint.rsplit("-", 1)[1])
     events = [(0, 2), *((e["step"], e["prefix_length"]) for e in made.state.log_history if "prefix_length" in e)]
-    assert tuning.encoder.active == max(length for step, length in events if step <= best)
+    expected = max(length for step, length in events if step < best or step == 0)
+    assert tuning.encoder.active == expected < events[-1][1]
+    assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric, rel=1e-6)
 
 
 def test_new_tokens_take_steps_of_the_usual_size(tmp_path):
@@ -117,6 +119,33 @@ def test_new_tokens_take_steps_of_the_usual_size(tmp_path):
     assert after and all(float(s[4:].mean() / s[:4].mean()) < 3 for s in after)
 
 
+@pytest.mark.parametrize("config", [{}, {"reparam": "mlp", "hidden": 8}, {"freeze_first": True}])
+def test_what_the_optimizer_knows_of_the_old_tokens_is_kept(config, tmp_path):
+    before, compared = {}, []
+
+    class Watch(Growth):
+        def on_evaluate(self, args, state, control, optimizer=None, **kwargs):
+            active = self.tuning.encoder.active
+            for parameter in self.tuning.parameters():
+                before[parameter] = {k: v.clone() for k, v in optimizer.state[parameter].items()}
+            super().on_evaluate(args, state, control, optimizer=optimizer, **kwargs)
+            if self.tuning.encoder.active == active:
+                return
+            by_token = {id(p) for _, p in self.tuning.encoder.by_token()}
+            old = active - (1 if config.get("freeze_first") else 0)
+            for parameter, states in before.items():
+                for name, value in states.items():
+                    now, kept = optimizer.state[parameter][name], ...
+                    if id(parameter) in by_token and value.dim():  # of the new ones: what _settle_steps gave them
+                        kept = (..., slice(old), slice(None))
+                    assert torch.equal(now[kept], value[kept]) and (not value.dim() or now[kept].any())
+                    compared.append(name)
+
+    model, _ = tuned(**{"length": 9, **config})
+    trainer(model, tmp_path, valid=rows(8, seed=9), callbacks=[Watch(**EAGER)], **RUN).train()
+    assert set(compared) == {"step", "exp_avg", "exp_avg_sq"}
+
+
 @pytest.mark.parametrize(
     ("growth", "config", "arguments", "message"),
     [
@@ -124,6 +153,9 @@ def test_new_tokens_take_steps_of_the_usual_size(tmp_path):
         ({"start": 0}, {}, {}, "expected 1 or more"),
         ({"step": 0}, {}, {}, "expected 1 or more"),
         ({}, {}, {"eval_strategy": "no"}, "watches the validation loss"),
+        ({"settle": 21}, {}, {}, "would never grow.* the second after 4 steps.* 21 steps to settle.* the run has 24"),
+        ({}, {}, {"eval_steps": 12}, "would never grow"),
+        ({}, {}, {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, "would never grow"),
         ({}, {"reparam": "mlp", "condition": 3}, {}, "made of a condition can't grow"),
     ],
 )

@@ -35,7 +35,7 @@ def same(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["plain", "growth", "stages", "rollback"])
+@pytest.mark.parametrize("strategy", ["plain", "growth", "stages", "rollback", "monitor", "tasks"])
 def test_a_run_killed_six_times_ends_with_the_same_prefix(strategy, tmp_path):
     sys.path.insert(0, str(SCRIPTS))
     try:
@@ -53,11 +53,15 @@ def test_a_run_killed_six_times_ends_with_the_same_prefix(strategy, tmp_path):
     assert process.returncode == 0, told
     ends = [int(line.split()[2]) for line in printed.splitlines()]
     assert len(ends) == 6 and ends.count(signal.SIGKILL) >= 4 and set(ends) <= {0, signal.SIGKILL}, told
-    assert fw.Prefix.load(out / "final") == fw.Prefix.load(tmp_path / "whole" / "final"), told
+    for task in ("one", "two", "three") if strategy == "tasks" else ("",):
+        assert fw.Prefix.load(out / "final" / task) == fw.Prefix.load(tmp_path / "whole" / "final" / task), told
     logs = [json.loads((p / "checkpoint-14" / "trainer_state.json").read_text())["log_history"]
             for p in (tmp_path / "whole", out)]  # fmt: skip
-    first, second = ([(e["step"], e["loss"]) for e in log if "loss" in e] for log in logs)
+    first, second = ([(e["step"], e["loss"], e.get("orthogonality")) for e in log if "loss" in e] for log in logs)
     assert first == second and len(first) == 14, told
+    if strategy == "monitor":
+        seen = [(p / "monitor.jsonl").read_text() for p in (tmp_path / "whole", out)]
+        assert seen[0] == seen[1] and len(seen[0].splitlines()) == 14, told
     for event, least in (("prefix_length", 2), ("rolled_back", 3)):
         happened = [[e for e in log if event in e] for log in logs]
         expected = least if event == {"growth": "prefix_length", "rollback": "rolled_back"}.get(strategy) else 0
@@ -96,3 +100,25 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
         record = json.loads(result.stdout)
         assert record["steps"] == 150 and not record["interrupted"]
     assert same(fw.Prefix.load(out), fw.Prefix.load(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_distillation_killed_in_every_stage_ends_with_the_same_prefix(tmp_path):
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import distill_tiny
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    status, _ = distill_tiny.run(tmp_path / "whole", None, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    out, seed = tmp_path / "killed", time.time_ns()
+    process = start(SCRIPTS / "distill_tiny.py", out, seed)
+    printed, err = process.communicate(timeout=400)
+    told = f"seed {seed}\n{printed}\n{err[-3000:]}"
+    assert process.returncode == 0, told
+    killed = [line.split()[0] for line in printed.splitlines() if line.endswith(f" {signal.SIGKILL:d}")]
+    assert set(killed) == {"questions", "teacher", "training"} and len(killed) == 7, told
+    assert fw.Prefix.load(out) == fw.Prefix.load(tmp_path / "whole"), told
+    for name in ("questions.jsonl", "teacher/teacher.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), told
+    assert not list((out / "teacher").rglob(".*")), told

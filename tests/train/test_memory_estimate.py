@@ -12,6 +12,8 @@ import zoo
 from foreword.train._live import LiveBytes, bytes_of, size_of, smaller, step_peak
 from foreword.train.memory_estimate import estimate_memory
 
+EVERY_SECOND = {"use_reentrant": False, "every_n_layers": 2}
+
 
 def allocated_at_the_peak(run):
     """Bytes that torch's allocator gave out during a run, at its highest moment (not by the way that we count)."""
@@ -50,6 +52,7 @@ def _profiler_at_work(tmp_path_factory):
     [
         ("llama", {}),
         ("llama", {"gradient_checkpointing": True}),
+        ("llama", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": EVERY_SECOND}),
         ("llama", {"bf16": True}),
         ("llama", {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}),
         ("gpt2", {}),
@@ -65,6 +68,27 @@ def test_the_estimate_is_the_measured_peak(name, arguments, tmp_path):
     predicted = estimate.total - estimate.base - estimate.trained
     assert 0.9 < predicted / allocated_at_the_peak(trainer.train) < 1.1
     assert estimate.step > 10 * estimate.trained and min(estimate.parts.values()) >= 0
+
+
+@pytest.mark.parametrize("arguments", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3moe", "gptoss", "deepseek"])
+def test_experts_are_estimated_within_a_fifth(name, arguments, tmp_path):
+    """Which of them a token goes to depends on the numbers, so steps of two sizes are not the same ops."""
+    model, _ = tiny.tuned(name)
+    trainer = training(model, tmp_path, **arguments)
+    estimate = estimate_memory(trainer)
+    predicted = estimate.total - estimate.base - estimate.trained
+    assert 0.8 < predicted / allocated_at_the_peak(trainer.train) < 1.2
+
+
+@pytest.mark.parametrize("length", [100, 200])
+def test_linear_attention_is_counted_in_its_chunks(length, tmp_path):
+    model, _ = tiny.tuned("qwen3next")
+    settings = {"save_strategy": "no", "max_steps": 2, "per_device_train_batch_size": 8}
+    trainer = tiny.trainer(model, tmp_path, tiny.rows(16, length), **settings)
+    estimate = estimate_memory(trainer)
+    predicted = estimate.total - estimate.base - estimate.trained
+    assert 0.85 < predicted / allocated_at_the_peak(trainer.train) < 1.15
 
 
 def test_full_fine_tuning_counts_gradients_and_optimizer(tmp_path):

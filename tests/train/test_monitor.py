@@ -74,6 +74,16 @@ def test_a_resumed_run_repeats_no_line(tmp_path):
     assert lines(tmp_path) == before
 
 
+def test_a_line_that_a_kill_cut_short_is_written_again(tmp_path):
+    model, _ = tuned()
+    trainer(model, tmp_path, callbacks=[Monitor(every=1)]).train()
+    before, path = lines(tmp_path), tmp_path / "monitor.jsonl"
+    path.write_text(path.read_text()[:-40])
+    model, _ = tuned()
+    trainer(model, tmp_path, callbacks=[Monitor(every=1)]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert lines(tmp_path) == before
+
+
 def test_bad_use(tmp_path):
     with pytest.raises(fw.ConfigError, match="1 or more steps"):
         Monitor(every=0)

@@ -33,6 +33,7 @@ def run(model, out, what=CONFIG, *, resume=False, valid=False, label="here", con
 def assert_untouched(model, before, logits):
     assert fw.tuning.tuning_of(model) is None and "foreword" not in model._modules
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module.training for module in model.modules())  # as it was
     assert torch.equal(zoo.logits(model, input_ids=zoo.ids()), logits)
     tiny.assert_base_unchanged(model, before)
 
@@ -118,8 +119,8 @@ def test_the_bar_shows_the_losses(tmp_path):
     assert "film" in shown and "4/4" in shown and "validation" in shown and "{'loss'" not in shown
 
 
-def test_several_tasks_are_refused_before_training(tmp_path):
-    with pytest.raises(fw.ConfigError, match="a run here has one task"):
+def test_several_tasks_with_one_data_set_are_refused_before_training(tmp_path):
+    with pytest.raises(fw.ConfigError, match="trains several prefixes, and the data are one set"):
         run(zoo.build("llama"), tmp_path / "out", what=fw.PrefixConfig(length=2, init="random", tasks=("a", "b")))
     assert not (tmp_path / "out").exists()
 

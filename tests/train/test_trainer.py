@@ -173,19 +173,29 @@ def cut_short(folder, how):
     state = folder / "trainer_state.json"
     if how == "half trainer_state":
         state.write_text(state.read_text()[: state.stat().st_size // 2])
-    elif how == "no trainer_state":
-        state.unlink()
     else:
-        (folder / STATE).unlink()
+        what, name = how.split()
+        (path,) = folder.glob(f"{name}.*")
+        if what == "no":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("how", ["half trainer_state", "no trainer_state", "no training_state"])
+# A kill leaves the first two; the others are lost or cut short later (a full disk, a copy that was broken off).
+CUTS = ["half trainer_state", "no trainer_state", "no training_state", "half training_state", "no optimizer",
+        "half optimizer", "no scheduler", "half scheduler", "no rng_state", "half rng_state", "half watch"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", CUTS)
 def test_a_checkpoint_that_was_cut_short_is_passed_over(how, tmp_path):
     model, tuning = tiny.tuned()
     whole = tiny.trainer(model, tmp_path)
     whole.train()
     assert last_checkpoint(tmp_path) == newest(tmp_path) == tmp_path / "checkpoint-6"
     cut_short(tmp_path / "checkpoint-6", how)
+    with pytest.raises(fw.PrefixFileError, match=r"can't go on .*checkpoint-6 .*; go on from .*checkpoint-4"):
+        whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     (tmp_path / "checkpoint-x").mkdir()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     model, again = tiny.tuned()
@@ -193,6 +203,19 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(how, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert tiny.losses(resumed) == tiny.losses(whole)
     assert again.bake() == tuning.bake() and last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+
+
+def test_checkpoints_that_all_lack_something_are_not_begun_over(tmp_path):
+    model, _ = tiny.tuned()
+    tiny.trainer(model, tmp_path, max_steps=2, save_only_model=True).train()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    with pytest.raises(fw.PrefixFileError, match=r"it has no optimizer.pt; train its prefix further in a new run"):
+        tiny.trainer(model, tmp_path).train(resume_from_checkpoint=True)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()  # broken off in its first save: nothing was done yet
+    made = tiny.trainer(model, tmp_path, max_steps=1)
+    made.train(resume_from_checkpoint=True)
+    assert list(tiny.losses(made)) == [1]
 
 
 def test_resuming_with_nothing_to_resume_starts_anew(tmp_path):

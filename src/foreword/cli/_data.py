@@ -49,27 +49,13 @@ class Source:
             return examples, self._read(self.valid)
         if self.valid_share is None:
             return examples, None
-        held = round(self.valid_share * len(examples))
-        if not 0 < held < len(examples):
-            raise ConfigError(
-                f"--valid-share {self.valid_share} of {len(examples)} examples leaves {held} for validation and "
-                f"{len(examples) - held} for training; expected some of both"
-            )
-        chosen = set(random.Random(self.seed).sample(range(len(examples)), held))
-        kept = [e for i, e in enumerate(examples) if i not in chosen]
-        return kept, [examples[i] for i in sorted(chosen)]
+        return hold_out(examples, self.valid_share, self.seed)
 
     def encode(
         self, examples: Examples, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     ) -> tuple[EncodedDataset, EncodedDataset | None]:
         """The same as token ids."""
-        from foreword.data import encode
-
-        def encoded(part: list[Any]) -> EncodedDataset:
-            return encode(part, tokenizer, max_length=self.max_length, seq2seq=model.config.is_encoder_decoder)
-
-        train, valid = examples
-        return encoded(train), encoded(valid) if valid is not None else None
+        return encode_both(examples, tokenizer, model, self.max_length)
 
     def arguments(self) -> list[str]:
         """The same as options of a command line."""
@@ -87,3 +73,33 @@ class Source:
 
         columns, where = pairs(self.column, "--column") or None, pairs(self.where, "--where") or None
         return read_examples(source, split=self.split, limit=self.limit, columns=columns, where=where)
+
+
+def hold_out(examples: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """Examples for training, and a share of them for validation.
+
+    Raises:
+        ConfigError: one of the two would be empty.
+    """
+    held = round(share * len(examples))
+    if not 0 < held < len(examples):
+        raise ConfigError(
+            f"--valid-share {share} of {len(examples)} examples leaves {held} for validation and "
+            f"{len(examples) - held} for training; expected some of both"
+        )
+    chosen = set(random.Random(seed).sample(range(len(examples)), held))
+    kept = [e for i, e in enumerate(examples) if i not in chosen]
+    return kept, [examples[i] for i in sorted(chosen)]
+
+
+def encode_both(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """Examples for training, and for validation where there are any, as token ids."""
+    from foreword.data import encode
+
+    def encoded(part: list[Any]) -> EncodedDataset:
+        return encode(part, tokenizer, max_length=max_length, seq2seq=model.config.is_encoder_decoder)
+
+    train, valid = examples
+    return encoded(train), encoded(valid) if valid is not None else None

@@ -21,10 +21,11 @@ def run(
     as_json: Annotated[bool, Option("--json")] = False,
 ) -> None:
     """Show a prefix: sites, lengths, bytes, norms, base model, training."""
+    from foreword._prefix_file import WEIGHTS
     from foreword.prefix import Prefix
 
     prefix = Prefix.load(folder)
-    record = describe(prefix)
+    record = {**describe(prefix), "file_bytes": (folder / WEIGHTS).stat().st_size}
     if as_json:
         print_json(record)
         return
@@ -44,6 +45,7 @@ def describe(prefix: Prefix) -> dict[str, Any]:
             "sliding_window": s.sliding_window,
             "key_norm": _norm(prefix.keys[s.name]),
             "value_norm": _norm(prefix.values[s.name]),
+            "weighed": s.name in prefix.log_weights,
             "gated": any(s.name in gates for gates in (prefix.bias, prefix.gates, prefix.readings)),
             "memory": s.name in prefix.memory,
             "memory_rank": up.shape[1] if (up := prefix.memory_up.get(s.name)) is not None else None,
@@ -58,6 +60,7 @@ def describe(prefix: Prefix) -> dict[str, Any]:
         "rotary_sites": len(prefix.rotations),
         "parameters": prefix.num_parameters,
         "bytes": prefix.nbytes,
+        "storage": {"keys": str(prefix.storage.keys), "values": str(prefix.storage.values)},
         "dtype": _dtype(prefix),
         "visible": prefix.visible.to_json(),
         "parts": [
@@ -86,6 +89,10 @@ def _print(folder: Path, prefix: Prefix, record: dict[str, Any]) -> None:
     console = Console()
     console.print(f"[bold]{folder}[/bold]: {prefix!r}")
     console.print(f"base model {record['base_model'] or '?'} ({record['model_class']}), numbers {record['dtype']}")
+    stored = "" if prefix.storage.plain else f" ({prefix.storage})"
+    console.print(f"in memory {record['bytes']:,} bytes, its file {record['file_bytes']:,}{stored}")
+    if any(s["weighed"] for s in record["sites"]):
+        console.print("merged tokens count for several (weights of tokens)")
     console.print(f"text starts at position {prefix.position_offset}")
     if prefix.visible.kind != "all":
         console.print(f"seen by: {record['visible']}")
@@ -118,8 +125,10 @@ def _print(folder: Path, prefix: Prefix, record: dict[str, Any]) -> None:
             "yes" if site["memory"] else "",
         )  # fmt: skip
     console.print(table)
+    compression = record["metadata"].get("compression", {})
     for name, value in {
         **record["metadata"].get("training", {}),
         **record["metadata"].get("metrics", {}),
+        **({"compressed": compression.get("plan"), **compression.get("loss", {})} if compression else {}),
     }.items():
         typer.echo(f"{name}: {value}")

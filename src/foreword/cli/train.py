@@ -4,57 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
 
 from foreword.cli._data import Source
+from foreword.cli._methods import Gate, Method, Reparam, configs
 from foreword.cli._shared import print_json, quiet
+from foreword.cli._tasks import TaskSources, unique
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from foreword.data import EncodedDataset
+    from foreword.data import EncodedDataset, TaskMixture
+    from foreword.methods import Config
+    from foreword.train.run import RunResult
 
-_PREFIX, _DATA, _RUN, _PLAN = "Prefix", "Data", "Run", "Strategy"
-
-
-class Reparam(StrEnum):
-    direct = "direct"
-    mlp = "mlp"
-    low_rank = "low-rank"
-
-
-class Gate(StrEnum):
-    none = "none"
-    head = "head"
-    input = "input"
-    zero = "zero"
-
-
-class Method(StrEnum):
-    prefix = "prefix"
-    memory = "memory"
-    prompt = "prompt"
-    lora = "lora"
-    adapter = "adapter"
-    bitfit = "bitfit"
-    full = "full"
+_PREFIX, _DATA, _RUN, _PLAN, _TASKS = "Prefix", "Data", "Run", "Strategy", "Several tasks"
 
 
 def run(
     model: Annotated[str, Option(help="Base model: hub name, folder, .gguf file, or 'demo' (the packaged SmolLM2).")],
-    data: Annotated[str, Option(help="Examples: .jsonl, .csv, .parquet, or a datasets name. Columns input/output, text, messages, or input/references.")],
+    data: Annotated[str | None, Option(help="Examples: .jsonl, .csv, .parquet, or a datasets name. Columns input/output, text, messages, or input/references.", show_default="one of --data and --task")] = None,
     out: Annotated[Path | None, Option(help="Folder for the prefix.")] = None,
     valid: Annotated[str | None, Option(help="Validation examples, in the same form.")] = None,
     valid_share: Annotated[float | None, Option(help="Hold this share of --data out for validation instead, chosen by --seed.", rich_help_panel=_DATA)] = None,
     method: Annotated[list[Method] | None, Option(help="What to train: several train together.", rich_help_panel=_PREFIX, show_default="prefix")] = None,
     length: Annotated[int, Option(help="Virtual tokens.", rich_help_panel=_PREFIX)] = 20,
-    init: Annotated[str | None, Option(help="A text about the task, 'words:good film', or 'random'.", rich_help_panel=_PREFIX)] = None,
+    init: Annotated[str | None, Option(help="A text about the task, 'words:good film', 'random', or, of several tasks, 'orthogonal'.", rich_help_panel=_PREFIX)] = None,
     repeat: Annotated[bool, Option(help="Repeat an init text that is shorter than the prefix.", rich_help_panel=_PREFIX)] = False,
     reparam: Annotated[Reparam, Option(help="What is trained.", rich_help_panel=_PREFIX)] = Reparam.direct,
     depth: Annotated[int, Option(help="Layers of the MLP.", rich_help_panel=_PREFIX)] = 2,
@@ -72,9 +53,16 @@ def run(
     dropout: Annotated[float, Option(help="Dropout on the prefix.", rich_help_panel=_PREFIX)] = 0.0,
     freeze_first: Annotated[bool, Option(help="Keep the first token as initialised.", rich_help_panel=_PREFIX)] = False,
     position_offset: Annotated[int, Option(help="Position that the text starts at.", rich_help_panel=_PREFIX)] = 0,
+    task: Annotated[list[str] | None, Option(help="Instead of --data, examples of one of several tasks: reviews=F.jsonl (several). A prefix for each, in a folder of its name in --out.", rich_help_panel=_TASKS)] = None,
+    valid_task: Annotated[list[str] | None, Option(help="Validation examples of a task: reviews=V.jsonl (several).", rich_help_panel=_TASKS)] = None,
+    task_init: Annotated[list[str] | None, Option(help="What a task's prefix starts from: reviews=TEXT (several); --init is for the others.", rich_help_panel=_TASKS)] = None,
+    sampling: Annotated[str, Option(help="How often tasks are drawn: size, uniform, or temperature:2.", rich_help_panel=_TASKS)] = "size",
+    common: Annotated[int, Option(min=0, help="The first N virtual tokens are one set for all tasks.", rich_help_panel=_TASKS)] = 0,
+    share_keys: Annotated[bool, Option("--share-keys", help="One set of keys for all tasks, values for each.", rich_help_panel=_TASKS)] = False,
+    orthogonality: Annotated[float, Option(min=0, help="Strength of a penalty on what tasks share.", rich_help_panel=_TASKS)] = 0.0,
     start: Annotated[Path | None, Option(help="Go on training this saved prefix instead.", rich_help_panel=_PREFIX)] = None,
-    column: Annotated[list[str] | None, Option(help="Map a column: input=question (several).", rich_help_panel=_DATA)] = None,
-    where: Annotated[list[str] | None, Option(help="Keep rows only: label=1 (several).", rich_help_panel=_DATA)] = None,
+    column: Annotated[list[str] | None, Option(help="Map a column: input=question (several); of one task reviews:input=question.", rich_help_panel=_DATA)] = None,
+    where: Annotated[list[str] | None, Option(help="Keep rows only: label=1 (several); of one task reviews:label=1.", rich_help_panel=_DATA)] = None,
     split: Annotated[str | None, Option(help="Split of a datasets name.", rich_help_panel=_DATA)] = None,
     limit: Annotated[int | None, Option(min=1, help="Use the first N examples.", rich_help_panel=_DATA)] = None,
     max_length: Annotated[int, Option(min=1, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 512,
@@ -92,6 +80,7 @@ def run(
     show_memory: Annotated[bool, Option("--show-memory", help="Print what a step will need in memory, and stop.", rich_help_panel=_RUN)] = False,
     dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, …", rich_help_panel=_RUN)] = None,
     quantize: Annotated[str | None, Option(help="Load the base in int8 or int4, by an installed backend (or int4:quanto, …).", rich_help_panel=_RUN)] = None,
+    offload: Annotated[str | None, Option(help="Hold no more than this of the base in memory, e.g. 2GB; bring the rest in when it is used.", rich_help_panel=_RUN)] = None,
     attn: Annotated[str | None, Option(help="Attention implementation of the base model.", rich_help_panel=_RUN)] = None,
     seed: Annotated[int, Option(rich_help_panel=_RUN)] = 0,
     grow_from: Annotated[int | None, Option(min=1, help="Begin with N virtual tokens and grow to --length.", rich_help_panel=_PLAN)] = None,
@@ -111,51 +100,64 @@ def run(
     for name, value in (("--learning-rate", learning_rate), ("--epochs", epochs)):
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} {value}; expected a number above 0")
+    kept: dict[str, Any] = {
+        "valid_share": valid_share, "column": column or (), "where": where or (), "split": split, "limit": limit,
+        "max_length": max_length, "seed": seed,
+    }  # fmt: skip
+    tasks: TaskSources | None = None
+    if task:
+        _check_tasks(data, valid, start, method)
+        tasks = TaskSources.of(task, valid_task or (), **kept)
+    elif data is None:
+        raise ConfigError(
+            "--data names the examples of one prefix, --task NAME=FILE those of several; give one of them"
+        )
+    elif valid_task or task_init or common or share_keys or orthogonality or sampling != "size":
+        raise ConfigError(
+            "--valid-task, --task-init, --sampling, --common, --share-keys and --orthogonality are for several tasks; "
+            "name their data with --task NAME=FILE instead of --data"
+        )
     quiet()
     from rich.console import Console
 
-    from foreword import methods
-    from foreword.config import PrefixConfig
     from foreword.models import load_model
     from foreword.prefix import Prefix
     from foreword.train.run import memory_of_run, train_prefix
 
     console = Console(stderr=True)
-    what: Prefix | list[methods.Config]
+    what: Prefix | list[Config]
     if start is not None:
         what = Prefix.load(start)
     else:
-        where_to: dict[str, Any] = {"sites": sites, "kinds": tuple(k.strip() for k in kinds.split(","))}
-        makers: dict[Method, Callable[[], methods.Config]] = {
-            Method.prefix: lambda: PrefixConfig(
-                length=length, init=init, repeat=repeat, reparam=reparam.value, depth=depth, hidden=hidden, rank=rank,
-                dropout=dropout, freeze_first=freeze_first, gate=cast("Any", None if gate is Gate.none else gate.value),
-                visible=visible, position_offset=position_offset, seed=seed, per_kind=per_kind, orthogonal=orthogonal,
-                share="layers" if share_layers else None, **where_to,
-            ),
-            Method.memory: lambda: methods.MemoryConfig(rank=memory_rank, seed=seed, **where_to),
-            Method.prompt: lambda: methods.PromptConfig(
-                length=length, init=init, repeat=repeat, visible=visible, position_offset=position_offset, seed=seed
-            ),
-            Method.lora: lambda: methods.LoRAConfig(rank=rank, seed=seed),
-            Method.adapter: lambda: methods.AdapterConfig(width=width, seed=seed),
-            Method.bitfit: lambda: methods.BitFitConfig(missing="add"),
-            Method.full: lambda: methods.FullConfig(),
-        }  # fmt: skip
-        what = [makers[m]() for m in method or [Method.prefix]]
-    source = Source(data, valid, valid_share, column or (), where or (), split, limit, max_length, seed)
-    examples = source.read()
-    base, tokenizer = load_model(model, dtype=dtype, attn=attn, quantize=quantize)
-    train_set, valid_set = source.encode(examples, tokenizer, base)
-    console.print(f"data: {train_set.stats.describe()}")
+        several: dict[str, Any] = {}
+        if tasks is not None:
+            several = {"init": _starts(tasks, init, task_init or []), "tasks": tuple(tasks.sources), "common": common}
+        what = configs(
+            method or [Method.prefix], length=length, init=init, repeat=repeat, reparam=reparam, depth=depth, hidden=hidden,
+            rank=rank, memory_rank=memory_rank, width=width, sites=sites, kinds=kinds, visible=visible, gate=gate, seed=seed,
+            position_offset=position_offset, dropout=dropout, freeze_first=freeze_first, per_kind=per_kind,
+            orthogonal=orthogonal, share="layers" if share_layers else "keys" if share_keys else None, several=several,
+        )  # fmt: skip
+    load = partial(load_model, model, dtype=dtype, attn=attn, quantize=quantize, offload=offload)
+    train_set: EncodedDataset | TaskMixture
+    valid_set: EncodedDataset | TaskMixture | None
+    if tasks is not None:
+        base, tokenizer, train_set, valid_set = _mixtures(tasks, sampling, load, console)
+    else:
+        assert data is not None
+        source = Source(data, valid, **kept)
+        examples = source.read()
+        base, tokenizer = load()
+        train_set, valid_set = source.encode(examples, tokenizer, base)
+        console.print(f"data: {train_set.stats.describe()}")
     if show_batch:
-        _show(train_set, tokenizer, base, batch_size)
+        _show(train_set, tokenizer, base, batch_size, seed)
         return
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate, "seed": seed,
         "learning_rate": learning_rate, "warmup_steps": warmup, "max_grad_norm": clip, "save_steps": save_every,
         "eval_steps": eval_every, "gradient_checkpointing": checkpointing, "num_train_epochs": epochs,
-        "max_steps": steps if steps is not None else -1,
+        "max_steps": steps if steps is not None else -1, "orthogonality": orthogonality,
     }  # fmt: skip
     if show_memory:
         needed = memory_of_run(base, tokenizer, what, train_set, arguments)
@@ -175,22 +177,77 @@ def run(
         console=console,
         callbacks=_strategies(base, steps, grow_from, grow_by, grow_threshold, layer_groups, roll_back, monitor),
     )
-    record = {
-        "out": str(out), "steps": result.steps, "interrupted": result.interrupted, "parameters": result.parameters,
-        "bytes": result.prefix.nbytes, **dict(result.prefix.metadata.get("metrics", {})),
-    }  # fmt: skip
-    if growth := result.prefix.metadata.get("growth"):
-        record["recommended_length"] = growth["recommended_length"]
-    if as_json:
-        print_json(record)
-    else:
-        losses = ", ".join(f"{k} {record[k]:.4f}" for k in ("loss", "eval_loss") if k in record)
-        typer.echo(f"{out}: {result.prefix!r}; {result.steps} steps, {losses}")
-        if growth:
-            typer.echo(f"length recommended: {growth['recommended_length']} (the curve is in {out / 'growth.png'})")
+    _report(result, out, as_json)
     if result.interrupted:
         typer.echo(f"interrupted; go on with --resume --out {out}", err=True)
         raise typer.Exit(130)
+
+
+def _report(result: RunResult, out: Path, as_json: bool) -> None:
+    """Say what a run left."""
+    told = {
+        task: {"out": str(out / task), "bytes": p.nbytes, **dict(p.metadata.get("metrics", {}))}
+        for task, p in result.prefixes.items()
+    }
+    prefixes = list(result.prefixes.values())
+    record = {
+        "out": str(out), "steps": result.steps, "interrupted": result.interrupted, "parameters": result.parameters,
+    }  # fmt: skip
+    record |= told.get("", {"tasks": told})
+    if growth := prefixes[0].metadata.get("growth"):
+        record["recommended_length"] = growth["recommended_length"]
+    if as_json:
+        print_json(record)
+        return
+    for (task, numbers), prefix in zip(told.items(), prefixes, strict=True):
+        losses = ", ".join(f"{k} {numbers[k]:.4f}" for k in ("loss", "eval_loss") if k in numbers)
+        typer.echo(f"{out / task}: {prefix!r}; {result.steps} steps, {losses}")
+    if growth:
+        typer.echo(f"length recommended: {growth['recommended_length']} (the curve is in {out / 'growth.png'})")
+
+
+def _check_tasks(data: str | None, valid: str | None, start: Path | None, method: list[Method] | None) -> None:
+    """Raise ConfigError for options that are for one prefix."""
+    instead = {
+        "--data": (data, "--task alone"),
+        "--valid": (valid, "--valid-task NAME=FILE"),
+        "--start": (start, "--data"),
+    }
+    for name, (value, other) in instead.items():
+        if value is not None:
+            raise ConfigError(f"{name} is for one prefix, and --task for several; use {other}")
+    if method and Method.prefix not in method:
+        raise ConfigError("--task trains a prefix for each task; add --method prefix, or use --data")
+
+
+def _starts(tasks: TaskSources, init: str | None, given: list[str]) -> str | dict[str, str | None] | None:
+    """What ``PrefixConfig(init=...)`` takes."""
+    if not given:
+        return init
+    named = unique(given, "--task-init")
+    if unknown := [name for name in named if name not in tasks.sources]:
+        raise ConfigError(
+            f"--task-init names {unknown[0]!r}, and --task does not; there are: {', '.join(tasks.sources)}"
+        )
+    return {**named, "*": init}
+
+
+def _mixtures(
+    tasks: TaskSources, sampling: str, load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]], console: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TaskMixture, TaskMixture | None]:
+    """The model, and the data of several tasks."""
+    from foreword.data import TaskMixture
+    from foreword.data.mixture import parse_sampling
+
+    how = parse_sampling(sampling)
+    examples = tasks.read()
+    base, tokenizer = load()
+    train, valid = tasks.encode(examples, tokenizer, base)
+    mixture = TaskMixture(train, **how)
+    for name, part in train.items():
+        console.print(f"data: {name}: {part.stats.describe()}", highlight=False)
+    console.print(f"data: {mixture.describe()}", highlight=False)
+    return base, tokenizer, mixture, TaskMixture(valid) if valid else None
 
 
 def _strategies(
@@ -227,11 +284,20 @@ def _strategies(
     return chosen
 
 
-def _show(dataset: EncodedDataset, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, rows: int) -> None:
+def _show(
+    dataset: EncodedDataset | TaskMixture,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    rows: int,
+    seed: int,
+) -> None:
     from rich.console import Console
 
-    from foreword.data import Collator, show_batch
+    from foreword.data import Collator, TaskMixture, show_batch
 
     collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
-    batch = collator([dataset[i] for i in range(min(rows, len(dataset)))])
+    order = dataset.order(seed, 0) if isinstance(dataset, TaskMixture) else range(len(dataset))
+    batch = collator([dataset[i] for i in order[:rows]])
+    if "task" in batch:
+        Console().print(f"tasks of the rows: {', '.join(batch['task'])}", highlight=False)
     Console().print(show_batch(batch, tokenizer))

@@ -10,8 +10,8 @@ import typer
 from typer import Option
 
 from foreword.cli._data import Source
+from foreword.cli._methods import Gate
 from foreword.cli._shared import print_json, quiet
-from foreword.cli.train import Gate
 from foreword.errors import ConfigError, DivergedError
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from .examples import Example, read_examples
 if TYPE_CHECKING:
     from .collate import Collator
     from .encoded import EncodedDataset, EncodeStats
+    from .mixture import TaskMixture
     from .show import batch_text, show_batch
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "EncodeStats",
     "EncodedDataset",
     "Example",
+    "TaskMixture",
     "batch_text",
     "encode",
     "read_examples",
@@ -28,6 +30,7 @@ _LATER = {
     "Collator": "collate",
     "EncodeStats": "encoded",
     "EncodedDataset": "encoded",
+    "TaskMixture": "mixture",
     "batch_text": "show",
     "show_batch": "show",
 }

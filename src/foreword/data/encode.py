@@ -8,7 +8,7 @@ generation.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,41 @@ class _Counter:
         return EncodeStats(
             self.examples, self.input_cut, self.output_cut, self.tokens, self.supervised_tokens, self.longest
         )
+
+
+def prompt_ids(
+    inputs: Sequence[str | Sequence[Mapping[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq2seq: bool = False,
+    max_length: int | None = None,
+) -> list[list[int]]:
+    """What stands before the output in training, for generation: the same ids as :func:`encode` gives an input.
+
+    Args:
+        inputs: texts, or conversations that the model is to answer (they go through the chat template).
+        max_length: the most tokens of an input; a longer one loses its start.
+
+    Raises:
+        DataError: an input has no tokens, or is a conversation and the tokenizer has no chat template.
+    """
+    front, back = _special_ids(tokenizer)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    found = []
+    for place, given in enumerate(inputs):
+        name = f"input {place}"
+        text = given if isinstance(given, str) else _rendered(name, tokenizer, given, generate=True)
+        (body,) = _ids(tokenizer, [text])
+        before, after = front, back if seq2seq else []
+        if not isinstance(given, str):  # the template has written the special tokens itself
+            opening = 1 if body and body[0] == bos else 0
+            before, body, after = body[:opening], body[opening:], []
+        found.append([*before, *(body if max_length is None else _last(body, max_length)), *after])
+        if not found[-1]:
+            raise DataError(
+                f"{name} is empty, and this tokenizer opens no text by itself; give it a text to go on from"
+            )
+    return found
 
 
 # --- cutting to length ------------------------------------------------------------------------------------
@@ -235,13 +270,8 @@ def _texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Texts:
     """Return the prompt and output as text, and whether the output holds its own end."""
     if example.messages is None:
         return _Texts(example.input, example.output, ended=False)
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{example.source}: the example is a conversation, but the tokenizer has no chat template. Set "
-            "tokenizer.chat_template, or give the data as input and output."
-        )
-    prompt = _rendered(example, tokenizer, example.messages[:-1], generate=True)
-    whole = _rendered(example, tokenizer, example.messages, generate=False)
+    prompt = _rendered(example.source, tokenizer, example.messages[:-1], generate=True)
+    whole = _rendered(example.source, tokenizer, example.messages, generate=False)
     rest = whole.removeprefix(prompt)
     # Templates often strip the content, so the stripped one is looked for.
     before, found, after = rest.partition(example.output.strip())
@@ -258,13 +288,19 @@ def _texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> _Texts:
 
 
 def _rendered(
-    example: Example,
+    source: str,
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, Any]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     generate: bool,
 ) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{source}: the example is a conversation, but the tokenizer has no chat template. Set "
+            "tokenizer.chat_template, or give the data as input and output."
+        )
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
+        plain = [dict(m) for m in messages]
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate))
     except Exception as error:  # a template may raise anything, from its own complaints to type errors
-        raise DataError(f"{example.source}: the chat template refuses this conversation: {error}") from error
+        raise DataError(f"{source}: the chat template refuses this conversation: {error}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
-from .rows import read_rows
+from .rows import Row, read_rows
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
 
@@ -66,18 +66,23 @@ def read_examples(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise DataError(f"limit must be a whole number of at least 1, or None for all; it is {limit!r}.")
-    columns = dict(columns or {})
-    shapes = _shapes_for(columns)
-    rows = read_rows(source, split)
-    if where:
-        rows = _matching(rows, where)
     examples: list[Example] = []
-    for place, record in rows:
-        for example in _examples_of(place, record, columns, shapes):
+    for _, found in by_record(read_rows(source, split), columns=columns, where=where):
+        for example in found:
             examples.append(example)
             if len(examples) == limit:
                 return examples
     return examples
+
+
+def by_record(
+    rows: Iterator[Row], *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
+) -> Iterator[tuple[Mapping[str, Any], Iterator[Example]]]:
+    """Each record of :func:`~foreword.data.rows.read_rows` with its examples; arguments as for ``read_examples``."""
+    columns = dict(columns or {})
+    shapes = _shapes_for(columns)
+    for place, record in _matching(rows, where) if where else rows:
+        yield record, _examples_of(place, record, columns, shapes)
 
 
 def _shapes_for(columns: Mapping[str, str]) -> list[tuple[str, ...]]:

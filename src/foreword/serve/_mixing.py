@@ -95,7 +95,7 @@ def view_of(choice: Choice, site: str) -> SitePrefix | None:
     like = present[0]
     keys = _stack([_padded(p.keys[site] if p else None, longest, like.keys[site]) for p in here])
     values = _stack([_padded(p.values[site] if p else None, longest, like.values[site]) for p in here])
-    visible = _visible(choice, [p.length(site) if p else 0 for p in here], keys.device)
+    visible = _visible(choice, here, site, keys.device)
     rows = torch.tensor(choice.rows, device=keys.device) if choice.rows is not None else None
     heads, dim, out = _shape(site, present)
     gates = [p.gates.get(site) if p else None for p in here]
@@ -116,7 +116,22 @@ def view_of(choice: Choice, site: str) -> SitePrefix | None:
     return _one_a_row(view, choice) if choice.exact and rows is not None and len(rows) * longest <= _SMALL else view
 
 
-def _visible(choice: Choice, lengths: Sequence[int], device: torch.device) -> Tensor | None:
+def _visible(choice: Choice, here: Sequence[Prefix | None], site: str, device: torch.device) -> Tensor | None:
+    """``(T, P)``: which tokens are a task's own, or how they count where some are weighed; None: all alike."""
+    own = _own(choice, [p.length(site) if p else 0 for p in here], device)
+    if not any(p and site in p.log_weights for p in here):
+        return own
+    longest = max(p.length(site) for p in here if p)
+    numbers = torch.zeros(len(here), longest, device=device)
+    if own is not None:
+        numbers.masked_fill_(~own, -torch.inf)
+    for row, prefix in zip(numbers, here, strict=True):
+        if prefix and site in prefix.log_weights:
+            row[: prefix.length(site)] = prefix.log_weights[site].float()
+    return numbers
+
+
+def _own(choice: Choice, lengths: Sequence[int], device: torch.device) -> Tensor | None:
     """``(T, P)`` False where a task is padded, one tensor for all sites that are alike; None: none is."""
     if len(set(lengths)) == 1:
         return None
@@ -134,10 +149,12 @@ def _one_a_row(view: SitePrefix, choice: Choice) -> SitePrefix:
     each = (view.keys, view.values, view.bias, view.gate, view.reading)
     keys, values, bias, gate, reading = (None if t is None else t[rows] for t in each)
     assert keys is not None and values is not None and choice.rows is not None
-    visible = None
-    if view.visible is not None:
-        lengths = view.visible.sum(-1).tolist()
-        visible = _visible(choice, [lengths[r] for r in choice.rows], keys.device)
+    visible = view.visible
+    if visible is not None and visible.dtype == torch.bool:  # the same tensor at all sites: its mask is made once
+        lengths = visible.sum(-1).tolist()
+        visible = _own(choice, [lengths[r] for r in choice.rows], keys.device)
+    elif visible is not None:
+        visible = visible[rows]
     return SitePrefix(keys, values, None, visible, bias, gate, reading=reading)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foreword import _interface
+from foreword._offloaded import device_of
 from foreword._queries import Queries
 from foreword._views import SitePrefix
 from foreword.conditional import part_of
-from foreword.errors import AttachError, ConfigError, MismatchError
+from foreword.errors import AttachError, ConfigError, MismatchError, nearest
 from foreword.prefix import Prefix
 from foreword.serve._mixing import Choice, view_of
 from foreword.sites import Site
@@ -61,11 +61,7 @@ class Library:
 
     def __getitem__(self, name: str) -> Prefix:
         if name not in self._prefixes:
-            near = difflib.get_close_matches(name, self._prefixes, n=3)
-            known = (
-                f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(self._prefixes) or 'none'}"
-            )
-            raise ConfigError(f"no task is named {name!r}; {known}")
+            raise ConfigError(f"no task is named {name!r}; {nearest(name, self._prefixes)}")
         return self._prefixes[name]
 
     def add(self, name: str, prefix: Prefix, *, force: bool = False) -> None:
@@ -98,7 +94,7 @@ class Library:
         if prefix.visible.kind != "all" and self._queries is None:
             self._queries = Queries(self.model, self.sites, offset=0, by_thread=True)
             self._queries.install()
-        self._prefixes[name] = prefix.to(self.model.dtype).to(self.model.device)
+        self._prefixes[name] = prefix.to(self.model.dtype).to(device_of(self.model))
 
     def remove(self, name: str) -> None:
         """Forget a task. Blocks that use it now go on with it."""

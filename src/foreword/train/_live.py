@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -29,21 +29,32 @@ Batch = dict[str, Any]
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that ops make inside the block, from when they are made until they are freed.
 
+    Args:
+        standing: the parameters that are there all the time. Others that ops are given were brought in for the step
+            (from where they are kept: offloaded), and count from their first use.
+
     Attributes:
         moments: after each op, the bytes alive, and those of them that are as wide as the vocabulary.
     """
 
-    def __init__(self, vocabulary: int | None) -> None:
+    def __init__(self, vocabulary: int | None, standing: Iterable[Tensor] | None = None) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        self.standing: set[int] | None = None
+        if standing is not None:
+            self.standing = {_storage(t)._cdata for given in standing for t in _plain(given)}
         self.now = [0, 0]
         self.moments: list[tuple[int, int]] = []
         self._known: dict[int, tuple[int, bool]] = {}
+        self._lasting: list[weakref.finalize[Any, Any]] = []  # of what may live as long as the model
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if any(is_traceable_wrapper_subclass(t) for t in given):
             return NotImplemented  # quantised weights: what they do inside comes back here op by op
+        if self.standing is not None:
+            brought = [self._note(t, self.standing) for t in given if isinstance(t, nn.Parameter)]
+            self._lasting += [end for end in brought if end is not None]
         own = {_storage(t)._cdata for t in given}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -52,16 +63,21 @@ class LiveBytes(TorchDispatchMode):
         self.moments.append((self.now[0], self.now[1]))
         return result
 
-    def _note(self, tensor: Tensor, own: set[int]) -> None:
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        for end in self._lasting:
+            end.detach()
+
+    def _note(self, tensor: Tensor, own: set[int]) -> weakref.finalize[Any, Any] | None:
         storage = _storage(tensor)
         name = storage._cdata
-        if name in own or name in self._known:  # a view, or written in place
-            return
+        if name in own or name in self._known or tensor.is_meta:  # a view, or written in place; or no bytes at all
+            return None
         wide = self.vocabulary is not None and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
         size = storage.nbytes()
         self._known[name] = size, wide
         self._add(size, wide)
-        weakref.finalize(storage, self._freed, name)
+        return weakref.finalize(storage, self._freed, name)
 
     def _freed(self, name: int) -> None:
         size, wide = self._known.pop(name)
@@ -116,26 +132,35 @@ class StepPeak:
         return self.once + self.rows + self.tokens + self.logits
 
 
-def step_peak(step: Callable[[Batch], None], batch: Mapping[str, Any], vocabulary: int | None) -> StepPeak:
+def step_peak(
+    step: Callable[[Batch], None],
+    batch: Mapping[str, Any],
+    vocabulary: int | None,
+    standing: Iterable[Tensor] | None = None,
+    chunk: int = 1,
+) -> StepPeak:
     """The peak of a step on this batch, from steps on smaller ones.
 
     Args:
         step: one forward and backward pass; it leaves no gradients.
         batch: as the model is given it; tensors of shape (rows, ...), those of integers (rows, tokens).
         vocabulary: the width of the logits; None: the model has none.
+        standing: the model's parameters, without those that a step brings in.
+        chunk: the tokens that some layer computes at a time, a part counting as a whole: only whole ones are compared.
     """
     rows, tokens = size_of(batch)
-    sizes = list(product(ROWS if rows > max(ROWS) else (rows,), TOKENS if tokens > max(TOKENS) else (tokens,)))
+    tried = TOKENS if chunk == 1 else tuple(chunk * (i + 1) for i in range(len(TOKENS)))
+    sizes = list(product(ROWS if rows > max(ROWS) else (rows,), tried if tokens > max(tried) else (tokens,)))
     runs = []
     for size in sizes:
-        live = LiveBytes(vocabulary)
+        live = LiveBytes(vocabulary, standing)
         small = smaller(batch, *size)
         with live:
             step(small)
         runs.append(np.array(live.moments, dtype=float))
     if len({len(run) for run in runs}) > 1:  # experts are called or not: then only the peaks can be compared
         runs = [run[[int(run[:, 0].argmax())]] for run in runs]
-    return _extrapolated(np.stack(runs), sizes, (rows, tokens))
+    return _extrapolated(np.stack(runs), sizes, (rows, -(-tokens // chunk) * chunk))
 
 
 def _extrapolated(runs: NDArray[Any], sizes: list[tuple[int, int]], target: tuple[int, int]) -> StepPeak:
@@ -182,8 +207,18 @@ def smaller(batch: Mapping[str, Any], rows: int, tokens: int) -> Batch:
                 cut.fill_(1)
                 if not value.all():
                     cut[-1, -1] = 0
+            elif name == "labels":
+                _supervise(cut, value)
         small[name] = cut
     return small
+
+
+def _supervise(cut: Tensor, labels: Tensor) -> None:
+    """Have as large a share of the columns be answers as there is in the whole: they may all stand at its end."""
+    answers = int((labels != -100).any(0).sum())
+    first = cut.shape[1] - max(min(1, answers), round(answers * cut.shape[1] / labels.shape[1]))
+    cut[:, :first] = -100
+    cut[:, first:] = labels.max()
 
 
 def _by_token(tensor: Tensor) -> bool:

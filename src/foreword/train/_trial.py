@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import torch
-from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from foreword.config import PrefixConfig
 from foreword.data import Collator, EncodedDataset
 from foreword.errors import DivergedError
+from foreword.losses import example_losses, supervised_tokens
 from foreword.train.arguments import PrefixTrainingArguments
 from foreword.train.progress import StopOnSignal
 from foreword.train.trainer import PrefixTrainer
@@ -123,37 +121,15 @@ class Runner:
 
     def losses(self, trainer: PrefixTrainer) -> list[float]:
         """The negative log-likelihood of each validation example with what is attached, summed over its tokens."""
-        model: Any = trainer.model
-        size = trainer.args.per_device_eval_batch_size
-        shift = 0 if self.collator.seq2seq else 1
-        found: list[float] = []
-        model.eval()
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            for start in range(0, len(self.valid), size):
-                rows = [self.valid[i] for i in range(start, min(start + size, len(self.valid)))]
-                batch = trainer._prepare_inputs(self.collator(rows))
-                logits = model(**batch).logits
-                for row, labels in zip(logits, batch["labels"], strict=True):
-                    row, labels = row[: len(row) - shift].float(), labels[shift:].to(row.device)
-                    found.append(float(cross_entropy(row, labels, ignore_index=-100, reduction="sum")))
-        model.train()
-        return found
+        with trainer.compute_loss_context_manager():
+            return example_losses(
+                self.model, self.valid, self.collator, batch_size=trainer.args.per_device_eval_batch_size,
+                prepare=trainer._prepare_inputs,
+            )  # fmt: skip
 
     def valid_tokens(self) -> list[int]:
         """Of each validation example, on how many tokens there is a loss."""
-        shift = 0 if self.collator.seq2seq else 1
-        rows = (self.valid[i]["labels"][shift:] for i in range(len(self.valid)))
-        return [sum(label != -100 for label in labels) for labels in rows]
-
-    @contextmanager
-    def mode_kept(self) -> Iterator[None]:
-        """Inside the block the model may be put into training mode; it gets its own back."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        return supervised_tokens(self.valid, seq2seq=self.collator.seq2seq)
 
     def _trainer(self, folder: Path, steps: int, callbacks: list[TrainerCallback]) -> PrefixTrainer:
         fixed: dict[str, Any] = {

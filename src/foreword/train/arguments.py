@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+import torch
 from transformers import TrainingArguments
+
+from foreword.errors import ConfigError
 
 
 @dataclass
@@ -16,7 +19,12 @@ class PrefixTrainingArguments(TrainingArguments):
         learning_rate: of the first method that is trained. None chooses by the method: 2e-2 for keys and values
             themselves, 5e-3 for the low-rank product, 1e-3 for the MLP (``foreword.methods.LEARNING_RATES``).
         explode_factor: a gradient norm this many times the median of the last 50 stops the run.
+        orthogonality: strength of a penalty on what the prefixes of several tasks share: their mean squared cosine
+            (``foreword.orthogonal.penalty``, from 0 to 1) times this is added to the training loss.
         report_to: None means TensorBoard where it is installed; ``"none"`` means nowhere.
+
+    Raises:
+        ConfigError: activations are to be offloaded, and there is no GPU.
     """
 
     learning_rate: float | None = None  # type: ignore[assignment]
@@ -25,6 +33,7 @@ class PrefixTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = 8
     logging_steps: float = 5
     explode_factor: float = 1000.0
+    orthogonality: float = 0.0
     report_to: str | list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -36,3 +45,9 @@ class PrefixTrainingArguments(TrainingArguments):
         if getattr(self, name) is None and self.gradient_checkpointing_kwargs is None:
             setattr(self, name, {"use_reentrant": False})
         super().__post_init__()
+        checkpointing = getattr(self, name)
+        if isinstance(checkpointing, dict) and checkpointing.get("offload") and not torch.accelerator.is_available():
+            raise ConfigError(
+                "offload=True keeps activations in pinned memory beside a GPU, and there is none: on a CPU they are in "
+                "its memory already; leave it out"
+            )

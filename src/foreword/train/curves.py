@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foreword._figures import new_figure, save_figure
+
 
 def draw_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str = "") -> Path:
-    """Draw training and validation loss over steps.
+    """Draw training and validation loss over steps, and thinly the validation loss of each task.
 
     Args:
         histories: by label, a Trainer's ``state.log_history``.
         path: where the PNG goes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     for number, (label, history) in enumerate(histories.items()):
         colour = f"C{number}"
@@ -34,22 +33,22 @@ def draw_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path
                 markersize=4,
                 label=f"{label}, validation",
             )
+        tasks = dict.fromkeys(m[1] for entry in history for key in entry if (m := re.fullmatch(r"eval_(.+)_loss", key)))
+        for task in tasks:
+            own = [(e["step"], e[f"eval_{task}_loss"]) for e in history if f"eval_{task}_loss" in e]
+            axes.plot(*zip(*own, strict=True), linewidth=1, marker=".", linestyle="--", label=f"{task}, validation")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_growth(report: Mapping[str, Any], path: Path) -> Path:
     """Draw the best validation loss at each length of a prefix that grew (``growth_report``)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     known = [(c["length"], c["best_eval_loss"]) for c in report["curve"] if c["best_eval_loss"] is not None]
     if known:
@@ -59,35 +58,53 @@ def draw_growth(report: Mapping[str, Any], path: Path) -> Path:
     axes.set_xlabel("virtual tokens")
     axes.set_ylabel("best validation loss (nats a token)")
     axes.grid(alpha=0.3)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def draw_monitor(looks: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draw gradient norms (log scale) and shares of attention over steps and sites (the lines of ``Monitor``)."""
+def draw_meta(history: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the losses before and after adapting over meta-steps (``MetaResult.history``)."""
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
+    for name, label in (("before", "at the start"), ("after", "after adapting")):
+        axes.plot([e["step"] for e in history], [e[name] for e in history], label=label)
+    axes.set_xlabel("meta-step")
+    axes.set_ylabel("loss on training tasks (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save_figure(figure, path)
+
+
+def draw_monitor(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """Draw gradient norms (log scale) and shares of attention over steps and sites, run by run on common scales.
+
+    Args:
+        runs: by label, the lines of ``Monitor``.
+        path: where the PNG goes.
+    """
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    names = list(looks[0]["sites"]) if looks else []
-    steps = [look["step"] for look in looks]
-    for axes, (what, title) in zip(
-        figure.subplots(1, 2), (("gradient_norm", "gradient norm, log10"), ("attention_share", "share of attention")),
-        strict=True,
-    ):  # fmt: skip
-        values = np.array([[look["sites"].get(n, {}).get(what) for look in looks] for n in names], dtype=float).reshape(
-            len(names), len(steps)
-        )
-        if what == "gradient_norm":
-            values = np.log10(np.maximum(values, 1e-12))
-        image = axes.imshow(values, aspect="auto", origin="lower", interpolation="nearest")
-        axes.set_xticks(range(len(steps))[:: max(1, len(steps) // 8)], steps[:: max(1, len(steps) // 8)])
-        axes.set_xlabel("step")
-        axes.set_ylabel("site, from the input up")
-        axes.set_title(title)
-        figure.colorbar(image, ax=axes)
-    return _save(figure, path)
+    figure = new_figure(12, 1 + 4 * len(runs))
+    grid = figure.subplots(len(runs), 2, squeeze=False)
+    for column, (what, title) in enumerate(
+        (("gradient_norm", "gradient norm, log10"), ("attention_share", "share of attention"))
+    ):
+        tables = []
+        for looks in runs.values():
+            names = list(looks[0]["sites"]) if looks else []
+            rows = [[look["sites"].get(n, {}).get(what) for look in looks] for n in names]
+            table = np.array(rows, dtype=float).reshape(len(names), len(looks))
+            tables.append(np.log10(np.maximum(table, 1e-12)) if what == "gradient_norm" else table)
+        known = np.concatenate([t[np.isfinite(t)] for t in tables])
+        limits = {"vmin": known.min(), "vmax": known.max()} if known.size else {}
+        for (label, looks), table, axes in zip(runs.items(), tables, grid[:, column], strict=True):
+            image = axes.imshow(table, aspect="auto", origin="lower", interpolation="nearest", **limits)
+            shown = slice(None, None, max(1, len(looks) // 8))
+            axes.set_xticks(range(len(looks))[shown], [look["step"] for look in looks][shown])
+            axes.set_xlabel("step")
+            axes.set_ylabel("site, from the input up")
+            axes.set_title(f"{label}: {title}" if label else title)
+            figure.colorbar(image, ax=axes)
+    return save_figure(figure, path)
 
 
 def draw_search(trials: Sequence[Mapping[str, Any]], path: Path) -> Path:
@@ -97,11 +114,7 @@ def draw_search(trials: Sequence[Mapping[str, Any]], path: Path) -> Path:
         trials: fields of ``TrialRecord``.
         path: where the PNG goes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4)
     left, right = figure.subplots(1, 2)
     shown = [t for t in trials if t["loss"] is not None and t["outcome"] not in ("stopped", "running")]
     colours = {"direct": "C0", "mlp": "C1", "low-rank": "C2"}
@@ -131,13 +144,4 @@ def draw_search(trials: Sequence[Mapping[str, Any]], path: Path) -> Path:
     right.set_ylabel("validation loss (nats a token)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    return _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    """Under a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
-    return path
+    return save_figure(figure, path)

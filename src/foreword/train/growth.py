@@ -8,7 +8,7 @@ the optimizer's for all others, stay where they are, so checkpoints and several 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Growth(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.tuning = self._checked(args, kwargs["model"])
+        self.tuning = self._checked(args, state, kwargs["model"])
         self._place(state)
 
     def on_step_begin(
@@ -61,6 +61,8 @@ class Growth(TrainerCallback):
             self._place(state, ahead=1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "eval_loss" not in kwargs.get("metrics", ("eval_loss",)):
+            return  # one task of several: their mean is still to come
         length, since = self._standing(state)
         losses = [e["eval_loss"] for e in state.log_history if "eval_loss" in e and e["step"] >= since]
         settled = state.global_step >= since + (self.settle if length > self.start else 0)
@@ -76,7 +78,13 @@ class Growth(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._place(state)
+        best = state.best_global_step if args.load_best_model_at_end else None
+        if (
+            best is not None
+        ):  # its numbers are back, so its length has to be; what came in at that step had no weight yet
+            self._place(_as_at(state, best))
+        else:
+            self._place(state)
         report = growth_report(state.log_history, self.start, self.recommend_within)
         self.tuning.metadata["growth"] = report
         if state.is_world_process_zero and args.output_dir is not None:
@@ -91,7 +99,7 @@ class Growth(TrainerCallback):
         """The length that the prefix was made with."""
         return self.tuning.encoder.longest
 
-    def _checked(self, args: TrainingArguments, model: Any) -> Tuning:
+    def _checked(self, args: TrainingArguments, state: TrainerState, model: Any) -> Tuning:
         """Raise ConfigError for what can't grow."""
         tuning = tuning_of(model)
         if tuning is None or not isinstance(tuning.config, PrefixConfig):
@@ -109,6 +117,14 @@ class Growth(TrainerCallback):
             raise ConfigError(
                 'Growth watches the validation loss; give the trainer an eval_dataset and eval_strategy="steps"'
             )
+        between = state.eval_steps if args.eval_strategy == "steps" else state.max_steps / state.num_train_epochs
+        first = between * (1 if args.eval_on_start else 2)
+        if first + self.settle > state.max_steps:
+            raise ConfigError(
+                f"Growth would never grow: it compares two validations, the second after {first:g} steps, and leaves "
+                f"new tokens {self.settle} steps to settle, and the run has {state.max_steps}; validate more often "
+                "(eval_steps), give a smaller settle, or train longer"
+            )
         return tuning
 
     def _standing(self, state: TrainerState) -> tuple[int, int]:
@@ -125,6 +141,12 @@ class Growth(TrainerCallback):
         self.tuning.grow_to(length, (new, weight) if new and weight < 1 else None)
 
 
+def _as_at(state: TrainerState, step: int) -> TrainerState:
+    """The state as it was when the loss of this step was measured."""
+    history = [e for e in state.log_history if _EVENT not in e or e["step"] < step]
+    return replace(state, global_step=step, log_history=history)
+
+
 @torch.no_grad()
 def _settle_steps(tuning: Tuning, optimizer: Any, old: int, new: int) -> None:
     """Give tokens that come in the step sizes of those that stand.
@@ -132,8 +154,7 @@ def _settle_steps(tuning: Tuning, optimizer: Any, old: int, new: int) -> None:
     Adam divides by what it has seen of a gradient's square. Of new tokens it has seen nothing, and would move them
     several times too far.
     """
-    first = 1 if tuning.encoder.freeze_first else 0
-    for parameter in tuning.encoder.by_token():
+    for first, parameter in tuning.encoder.by_token():
         seen = optimizer.state.get(parameter, {}).get("exp_avg_sq") if optimizer is not None else None
         if seen is not None and seen.shape[-2] > old - first > 0:
             seen[..., old - first : new - first, :] = seen[..., : old - first, :].mean(-2, keepdim=True)

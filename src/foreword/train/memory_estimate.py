@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foreword._choice import LONG_TEXT
+from foreword._offloaded import to_the_end
 from foreword.attention import attention_path
+from foreword.data.mixture import TaskMixture
 from foreword.errors import ConfigError
 from foreword.train._live import Batch, bytes_of, size_of, step_peak
 from foreword.train.trainer import PrefixTrainer
@@ -28,6 +30,7 @@ from foreword.train.trainer import PrefixTrainer
 # What AdamW keeps of each trained number; optimizers that keep less are named, by how their name begins.
 _ADAMW_BYTES = 8
 _STATE_BYTES = {"sgd": 0, "rmsprop": 4, "adagrad": 4, "lion": 4, "adafactor": 0, "lomo": 0}
+_LINEAR_CHUNK = 64  # tokens that transformers' linear attention (Qwen3-Next's, say) computes at a time
 _WORDS = {
     "base": "base model, as loaded",
     "trained": "what is trained",
@@ -46,7 +49,8 @@ class MemoryEstimate:
     """The memory at the peak of a training step, in bytes, of one process.
 
     Attributes:
-        base: frozen weights and buffers as they are loaded, shared ones once, quantised ones as they are stored.
+        base: frozen weights and buffers as they are loaded, shared ones once, quantised ones as they are stored, those
+            that are kept elsewhere (offloaded) not: what a step brings in of them is in ``once``.
         trained: parameters that are trained.
         kept_copy: the copy of them that a diverging run is taken back to.
         gradients: those that stand throughout a step: with accumulation; else they are part of the step.
@@ -134,9 +138,12 @@ def estimate_memory(trainer: PrefixTrainer, batch: Batch | None = None) -> Memor
     # From here on the attention takes another path, which the small steps are to take as well.
     masked = any(k.endswith("attention_mask") and not bool(v.all()) for k, v in batch.items())
     path = attention_path("merged" if tokens >= LONG_TEXT and not masked else "auto")
+    here = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
     with _as_in_training(trainer, model), path:
-        peak = step_peak(_step(trainer, model, trained, standing), batch, vocabulary)
-    everything = bytes_of([*model.parameters(), *model.buffers()])
+        linear = any("linear" in str(t) for t in getattr(model.config.get_text_config(), "layer_types", None) or [])
+        chunk = _LINEAR_CHUNK if linear else 1
+        peak = step_peak(_step(trainer, model, trained, standing), batch, vocabulary, here, chunk)
+    everything = bytes_of(here)
     return MemoryEstimate(
         base=everything - size,
         trained=size,
@@ -172,7 +179,12 @@ def longest_batch(trainer: PrefixTrainer) -> Batch:
         named = (example.get(n) for n in ("input_ids", "labels")) if hasattr(example, "get") else ()
         return max((len(v) for v in named if isinstance(v, Sized)), default=0)
 
-    longest = nlargest(trainer.args.train_batch_size, range(len(data)), key=length)
+    rows = trainer.args.train_batch_size
+    longest = nlargest(rows, range(len(data)), key=length)
+    if isinstance(data, TaskMixture) and rows > 1 and len(data.parts) > 1:
+        # Rows of one task share its prefix, and a batch of several has copies: so is this one, from its first rows on.
+        first = data[longest[0]]["task"]
+        longest[1] = max((i for i in range(len(data)) if data[i]["task"] != first), key=length)
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     return cast(Batch, collate([data[i] for i in longest]))
 
@@ -187,9 +199,10 @@ def _step(
             with torch.utils._python_dispatch._disable_current_modes():
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter)
-        with trainer.compute_loss_context_manager():
-            loss = cast(Tensor, trainer.compute_loss(model, batch))
-        loss.backward()
+        with to_the_end(model):
+            with trainer.compute_loss_context_manager():
+                loss = cast(Tensor, trainer.compute_loss(model, batch))
+            loss.backward()
 
     return step
 
@@ -205,7 +218,9 @@ def _as_in_training(trainer: PrefixTrainer, model: PreTrainedModel) -> Iterator[
         try:
             model.train()
             if args.gradient_checkpointing:
-                model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+                wanted = dict(cast(dict[str, Any], args.gradient_checkpointing_kwargs or {"use_reentrant": False}))
+                more = {name: wanted.pop(name) for name in ("every_n_layers", "offload") if name in wanted}
+                model.gradient_checkpointing_enable(wanted, **more)
             if trainer.accelerator.native_amp:  # as accelerate wraps it, which is not undone there
                 model.forward = convert_outputs_to_fp32(_autocast(trainer, model.forward))
             yield

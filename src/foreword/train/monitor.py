@@ -55,8 +55,10 @@ class Monitor(TrainerCallback):
             raise ConfigError("Monitor watches a prefix's sites, and no virtual tokens are attached; leave it out")
         path = Path(args.output_dir or ".") / LINES
         if path.is_file() and state.is_world_process_zero:  # what was written after the checkpoint comes again
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = [look for look in _looks(path) if look["step"] <= state.global_step]
+            temporary = path.with_name(f".{LINES}")
+            temporary.write_text("".join(f"{json.dumps(look)}\n" for look in kept), encoding="utf-8")
+            temporary.replace(path)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,7 +91,7 @@ class Monitor(TrainerCallback):
         self._looking.close()
         path = Path(args.output_dir or ".") / LINES
         if state.is_world_process_zero and path.is_file():
-            draw_monitor([json.loads(line) for line in path.read_text().splitlines()], path.with_name(PICTURE))
+            draw_monitor({"": _looks(path)}, path.with_name(PICTURE))
 
     def _watch(self, encoder: Any, args: Any, states: States) -> None:
         """Have each site's gradient counted in the backward of this pass."""
@@ -108,6 +110,12 @@ class _Counting:
     def __call__(self, grad: Tensor) -> None:
         norms = self.monitor._norms
         norms[self.name] += float(grad.detach().float().square().sum())
+
+
+def _looks(path: Path) -> list[dict[str, Any]]:
+    """The lines; without one that a kill cut short, which can only be the last."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _mean(share: Tensor | None) -> float | None:

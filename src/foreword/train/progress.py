@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -70,6 +71,37 @@ class RichProgress(TrainerCallback):
         self.bar.stop()
 
 
+class Counting:
+    """A bar for work that is counted: ``with Counting("teacher", console, 300) as bar: ... bar.advance(8)``."""
+
+    def __init__(self, label: str, console: Console, total: int, unit: str = "examples") -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self.bar.add_task(label, total=total)
+
+    def __enter__(self) -> Counting:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def skip(self, count: int) -> None:
+        """So many were done before; they don't count for the speed."""
+        self.bar.reset(self._task, completed=count)
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        self.bar.advance(self._task, count)
+
+
 class SearchProgress:
     """Two bars for a search: its budget, and the steps of the trial that is running."""
 
@@ -102,12 +134,34 @@ class SearchProgress:
         self.bar.update(self._trial, completed=done, **said)  # type: ignore[arg-type]
 
 
+class MetaProgress:
+    """One bar for a meta-training, with the losses before and after adapting."""
+
+    def __init__(self, label: str, console: Console, total: int, done: int) -> None:
+        name, said = TextColumn("{task.description}"), TextColumn("loss {task.fields[said]}")
+        columns = (name, BarColumn(), MofNCompleteColumn(), said, TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console)
+        self._task = self.bar.add_task(label, total=total, completed=done, said="…")
+
+    def __enter__(self) -> MetaProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def step(self, done: int, before: float, after: float) -> None:
+        """A meta-step is done."""
+        self.bar.update(self._task, completed=done, said=f"{before:.3f} → {after:.3f}")
+
+
 class StopOnSignal(TrainerCallback):
     """The first Ctrl-C saves a checkpoint after the step and stops; the second stops at once."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.asked = False
+        self.asked = False  # here, or in another process
+        self._told = False
         self._previous: Any = None
 
     def __enter__(self) -> StopOnSignal:
@@ -120,12 +174,21 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGINT, self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self._told:
             raise KeyboardInterrupt
-        self.asked = True
+        self._told = self.asked = True
         self.console.print("stopping after this step (Ctrl-C again to stop at once) …")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked:
+        if self._anywhere(args):
+            self.asked = True
             control.should_save = True
             control.should_training_stop = True
+
+    def _anywhere(self, args: TrainingArguments) -> bool:
+        """Whether any process was asked: one that stopped alone, or a step later, would leave the others waiting."""
+        if args.world_size == 1:
+            return self.asked
+        asked = torch.tensor(float(self.asked), device=args.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return bool(asked)

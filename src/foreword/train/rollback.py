@@ -34,7 +34,7 @@ class RollBack(TrainerCallback):
         factor: what every learning rate is multiplied by each time.
         every: steps between copies. A copy is as large as what is trained and its optimizer state.
         worse: a training loss is divergence too, when its mean over ``window`` batches is this many times the lowest
-            such mean and half of what was gained since the start is lost (in one process; several may disagree).
+            such mean and half of what was gained since the start is lost (of several processes: the mean over all).
         window: batches that a mean is of.
     """
 

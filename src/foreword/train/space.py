@@ -180,7 +180,7 @@ def _problem(
 
 def _tokens(init: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """How many tokens a text has; None where there is no text."""
-    if init == "random":
+    if init in ("random", "orthogonal"):
         return None
     text = init if init is not None else DEFAULT_TEXT
     if text.startswith("words:"):

@@ -173,8 +173,7 @@ def _by_site(tuning: Tuning) -> dict[str, list[nn.Parameter]]:
         )
     owned: dict[str, list[nn.Parameter]] = {}
     if isinstance(encoder, Direct):
-        for name, keys, values in zip(encoder.names, encoder.keys, encoder.values, strict=True):
-            owned.setdefault(name, []).extend((keys, values))
+        owned.update(zip(encoder.names, encoder.by_site(), strict=True))
     for i, site in enumerate(tuning.sites):
         for group in (holder.bias, holder.gate, holder.reading):
             if str(i) in group:

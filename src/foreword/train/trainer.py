@@ -7,7 +7,6 @@ leaves the finite stops the run with the last good prefix saved.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import warnings
@@ -16,26 +15,38 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from foreword._offloaded import is_offloaded, to_the_end
 from foreword.config import PrefixConfig
+from foreword.data.mixture import TaskMixture
 from foreword.errors import AttachError, ConfigError, DivergedError, PrefixFileError
 from foreword.methods import usual_learning_rate
+from foreword.orthogonal import penalty
 from foreword.quantized import adapters_are_on
+from foreword.train import tasks
 from foreword.train.arguments import PrefixTrainingArguments
+from foreword.train.checkpoints import (
+    STATE,
+    WATCH,
+    last_checkpoint,
+    load_training_state,
+    require_whole,
+    resume_point,
+)
 from foreword.train.curves import draw_curves
 from foreword.train.rollback import EVENT as ROLLED_BACK
 from foreword.train.rollback import RollBack
 from foreword.train.stages import LayerByLayer
 from foreword.tuning import Tuning, tuning_of
 
-STATE = "training_state.safetensors"
-WATCH = "watch.safetensors"
+__all__ = ["LAST_GOOD", "STATE", "WATCH", "PrefixTrainer", "last_checkpoint", "load_training_state"]
+
 LAST_GOOD = "last-good"
 _GIVEN = ("condition", "task")
 
@@ -46,11 +57,12 @@ class PrefixTrainer(Trainer):
     Args:
         model: a model with a trainable prefix on it (``fw.attach(model, fw.PrefixConfig(...))``).
         args: :class:`PrefixTrainingArguments`, or plain ``TrainingArguments``.
-        kwargs: as for ``transformers.Trainer``.
+        kwargs: as for ``transformers.Trainer``; data sets may be a ``TaskMixture``.
 
     Raises:
-        AttachError: no trainable prefix is attached.
-        ConfigError: accelerate was asked to shard the model.
+        AttachError: no trainable prefix is attached, or the model was offloaded after it was attached.
+        ConfigError: accelerate was asked to shard the model, or an offloaded one is to be trained in several processes;
+            the tasks of prefix and data differ, or a penalty between tasks has no two of them.
     """
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments | None = None, **kwargs: Any) -> None:
@@ -61,10 +73,17 @@ class PrefixTrainer(Trainer):
                 "fw.attach(model, fw.PrefixConfig(length=20), tokenizer=tokenizer), or go on with a saved one: "
                 "fw.attach(model, prefix, trainable=True)"
             )
+        if any(p.is_meta for p in tuning.parameters()):
+            raise AttachError(
+                "the prefix has no numbers of its own: the model was offloaded with the prefix on it; detach, offload "
+                "the model, and attach then"
+            )
         self.tuning = tuning
         args = args if args is not None else PrefixTrainingArguments(output_dir="runs/prefix")
+        kwargs = tasks.prepared(tuning, args, kwargs)
         _settle_learning_rate(args, tuning)
         self._norms: deque[float] = deque(maxlen=50)
+        self._overlaps: deque[Tensor] = deque(maxlen=1000)  # of tasks, since the last line of the log
         self._good: list[Tensor] = []
         with adapters_are_on(model):
             super().__init__(model, args, **kwargs)
@@ -74,6 +93,19 @@ class PrefixTrainer(Trainer):
                 "the base sharded instead and launch as for DDP: from_pretrained(..., distributed_config="
                 "DistributedConfig(fsdp_size=N)), with save_only_model=True in the arguments (docs/distributed.md)"
             )
+        if is_offloaded(model):
+            if self.args.world_size > 1:
+                raise ConfigError(
+                    "weights that are kept elsewhere (offloaded) can't be brought in by several processes at once; "
+                    "train in one process, or shard the base with FSDP2 (docs/distributed.md)"
+                )
+            self.args._n_gpu = 1
+            self.accelerator.device_placement = False  # its hooks place it
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Not where hooks bring the weights in: they know the device."""
+        if not is_offloaded(model):
+            super()._move_model_to_device(model, device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """One group of parameters for each method that is trained, each with its learning rate."""
@@ -100,19 +132,64 @@ class PrefixTrainer(Trainer):
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
+    # ---------------------------------------------------------------- several tasks
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """A mixture's own order, else Trainer's."""
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        if isinstance(data, TaskMixture):
+            return tasks.MixtureSampler(data, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Trainer's loss; in training, with the penalty on what tasks share where one is asked for."""
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        strength = tasks.orthogonality(self.args)
+        if not strength or not model.training:
+            return found
+        shared = penalty(self.tuning.encoder, len(self.tuning.tasks))
+        self._overlaps.append(shared.detach())
+        # A loss over the tokens of all accumulated batches is not divided by their number any more.
+        counted = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        scaled = counted and num_items_in_batch is not None
+        added = strength * shared / (self.current_gradient_accumulation_steps if scaled else 1)
+        return (found[0] + added, *found[1:]) if return_outputs else found + added
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the mean penalty since the last line, before its strength: ``orthogonality``."""
+        if "loss" in logs and self._overlaps:
+            logs["orthogonality"] = float(torch.stack([*self._overlaps]).mean())
+            self._overlaps.clear()
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Trainer's; of several data sets (by task), the mean of their losses is ``eval_loss``."""
+        eval_dataset = eval_dataset.parts if isinstance(eval_dataset, TaskMixture) else eval_dataset
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(data, dict) and (mean := tasks.mean_loss(metrics, metric_key_prefix, data)):
+            metrics.update(mean)
+            self.log(dict(mean))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, mean)
+        return metrics
+
     # ---------------------------------------------------------------- watching for divergence
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss).all():
-            what = f"the loss is {float(loss)}"
-            # One process of several sees only its own rows: there the gradient tells all of them, once it is shared.
-            if self.args.world_size > 1 and self._recovery is not None:
-                return loss
+        with to_the_end(model):
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        # One process sees its own rows only, and one that stopped or went back alone would leave the others waiting.
+        each = loss.detach().float().reshape(1)
+        each = self.accelerator.gather(each) if self.args.world_size > 1 else each
+        if not torch.isfinite(each).all():
+            first = int((~torch.isfinite(each)).nonzero()[0])
+            what = f"the loss is {float(each[first])}" + (f" in process {first}" if len(each) > 1 else "")
             if self._rolled_back(what):
                 return torch.zeros_like(loss)
-            self._stop(what, inputs)
-        if self._recovery is not None and self.args.world_size == 1 and (what := self._recovery.rising(float(loss))):
+            self._stop(what, gather_object([self._batch(inputs)])[first])
+        if self._recovery is not None and (what := self._recovery.rising(float(each.mean()))):
             self._rolled_back(what)  # past its times the run goes on: the loss is a number still
         self._good = [p.detach().clone() for p in self.tuning.parameters()]
         return loss
@@ -131,7 +208,7 @@ class PrefixTrainer(Trainer):
         if what := self._wrong_with(float(result)):
             if self._rolled_back(what):
                 return torch.zeros_like(result)
-            self._stop(what, None)
+            self._stop(what)
         self._norms.append(float(result))
         return result
 
@@ -145,17 +222,19 @@ class PrefixTrainer(Trainer):
             return f"the gradient's norm is {norm:.3g}, {factor:g} times the usual {usual:.3g}"
         return ""
 
-    def _stop(self, what: str, inputs: dict[str, Any] | None) -> None:
-        """Save the last good prefix and raise."""
+    def _stop(self, what: str, batch: str = "") -> None:
+        """Save the last good prefix and raise, in every process."""
         saved = ""
-        if self._good and self.args.should_save:
+        if self._good:
             with torch.no_grad():
                 for parameter, good in zip(self.tuning.parameters(), self._good, strict=True):
                     parameter.copy_(good)
             folder = Path(self.args.output_dir or ".") / LAST_GOOD
-            self.tuning.save(folder)
+            if self.args.should_save:
+                self.tuning.save(folder)
+            self.accelerator.wait_for_everyone()  # the end of one process is the end of all
             saved = f" The last good prefix is in {folder}."
-        batch = f" on the batch {self._batch(inputs)}" if inputs is not None else ""
+        batch = f" on the batch {batch}" if batch else ""
         raise DivergedError(
             f"training diverged at step {self.state.global_step + 1}: {what}{batch}.{saved} Try a third of the "
             f"learning rate (it was {self.args.learning_rate:g}), more warm-up or init from a text; look at the batch"
@@ -203,6 +282,11 @@ class PrefixTrainer(Trainer):
                 seen |= self._recovery.tensors()
             save_file({k: t.cpu().contiguous() for k, t in seen.items()}, Path(output_dir) / WATCH)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Each process its own; ``trainer_state.json``, which says that a checkpoint is whole, comes after all."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint) / WATCH).is_file():
@@ -223,58 +307,22 @@ class PrefixTrainer(Trainer):
         """Train, and draw the loss curve (``curve.png``).
 
         ``resume_from_checkpoint=True`` goes on from the last whole checkpoint, if there is one; one that was cut
-        short (killed in the middle of a save) is passed over.
+        short (killed in the middle of a save), or has lost a file, is passed over.
+
+        Raises:
+            PrefixFileError: the checkpoint that is named, or all that were written to their end, lack something.
         """
         if resume_from_checkpoint is True:
-            last = last_checkpoint(Path(self.args.output_dir or "."))
+            last = resume_point(Path(self.args.output_dir or "."))
             resume_from_checkpoint = str(last) if last is not None else None
+        elif resume_from_checkpoint:
+            require_whole(Path(resume_from_checkpoint))
+        self._overlaps.clear()  # an estimate of the memory has run the loss
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.args.should_save and self.state.log_history:
             folder = Path(self.args.output_dir or ".")
             draw_curves({folder.name: self.state.log_history}, folder / "curve.png")
         return result
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; Trainer writes ``trainer_state.json`` last."""
-
-    def whole(path: Path) -> bool:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return (path / STATE).is_file()
-
-    found = [p for p in folder.glob("checkpoint-*") if p.name.rsplit("-", 1)[1].isdigit() and whole(p)]
-    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
-
-
-def load_training_state(tuning: Tuning, folder: Path) -> None:
-    """Put a checkpoint's numbers into the prefix that is being trained.
-
-    Raises:
-        PrefixFileError: the checkpoint is missing, damaged, or of another configuration.
-    """
-    path = folder / STATE
-    if not path.is_file():
-        raise PrefixFileError(f"{folder} holds no {STATE}; expected a checkpoint that PrefixTrainer wrote")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as exc:
-        raise PrefixFileError(f"{path} can't be read as safetensors: {exc}") from exc
-    own = tuning.holder.state_dict()
-    for name in own.keys() | state.keys():
-        mine, theirs = own.get(name), state.get(name)
-        if mine is None or theirs is None or mine.shape != theirs.shape:
-            there = tuple(theirs.shape) if theirs is not None else "absent"
-            here = tuple(mine.shape) if mine is not None else "absent"
-            raise PrefixFileError(
-                f"{folder} was trained with another configuration: {name} is {there} there and {here} here; "
-                "attach with the configuration that it was started with"
-            )
-        if not torch.isfinite(theirs).all():
-            raise PrefixFileError(f"{path}: {name} has numbers that are not finite")
-    tuning.holder.load_state_dict(state)
 
 
 def _settle_learning_rate(args: TrainingArguments, tuning: Tuning) -> None:

@@ -6,7 +6,6 @@ behind (the median of the others at the same step); everything is in a journal, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -20,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foreword.config import PrefixConfig
 from foreword.data import Collator, EncodedDataset
 from foreword.errors import ConfigError
-from foreword.fingerprint import Fingerprint
 from foreword.methods import usual_learning_rate
+from foreword.train._same import data_digest, mode_kept, model_digest
 from foreword.train._study import Study, check_folder
 from foreword.train._trial import Outcome, Runner
 from foreword.train.progress import SearchProgress, StopOnSignal
@@ -87,7 +86,7 @@ def tune(
         model, tokenizer, dataset, valid, Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder),
         steps, eval_every or math.ceil(steps / _LOOKS), seed, dict(arguments or {}), StopOnSignal(console),
     )  # fmt: skip
-    with runner.mode_kept():
+    with mode_kept(model):
         estimate = _time_of_a_trial(runner, space, budget.seconds) if budget.seconds is not None else 0.0
         study = Study(out, _described(runner, space, prune), resume)
         try:
@@ -113,17 +112,10 @@ def _time_of_a_trial(runner: Runner, space: SearchSpace, seconds: float) -> floa
 
 def _described(runner: Runner, space: SearchSpace, prune: bool) -> dict[str, Any]:
     """What makes two searches the same one, by names that a message can use."""
-    model = Fingerprint.of(runner.model).to_json() | {"base_model": ""}  # folders may be named otherwise elsewhere
-    data = hashlib.sha256()
-    for part in (runner.dataset, runner.valid):
-        for i in range(len(part)):
-            data.update(json.dumps(part[i], default=str).encode())
-        data.update(b"|")
     described = {
         **space.to_json(), "steps": runner.steps, "steps between validations": runner.every, "seed": runner.seed,
         "prune": prune, "training arguments": runner.arguments,
-        "the model": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:12],
-        "the data": data.hexdigest()[:12],
+        "the model": model_digest(runner.model), "the data": data_digest([runner.dataset, runner.valid]),
     }  # fmt: skip
     return dict(json.loads(json.dumps(described, default=str)))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from foreword.config import PrefixConfig
+from foreword.losses import difference
 from foreword.train.curves import draw_search
 
 if TYPE_CHECKING:
@@ -128,19 +128,14 @@ def report(study: Study, tokens: Sequence[int], *, interrupted: bool) -> TuneRes
 def compare(best: Sequence[float], default: Sequence[float], tokens: Sequence[int], others: int) -> Comparison:
     """How much lower the best trial's loss is, and how sure that is.
 
-    The difference of two ratios of sums over the same n examples; its standard error is that of the mean of
-    ``d_i - gain * tokens_i``. The best of many is lucky as well, so what is needed is two-sided 5% shared among them.
+    The best of many is lucky as well, so what is needed is two-sided 5% shared among them.
 
     Args:
         best, default: ``(n,)`` losses summed over each example's tokens.
         tokens: ``(n,)``
         others: how many trials the best is the best of.
     """
-    n, total = len(tokens), sum(tokens)
-    each = [d - b for b, d in zip(best, default, strict=True)]
-    gain = math.fsum(each) / total
-    rest = [d - gain * t for d, t in zip(each, tokens, strict=True)]
-    error = math.sqrt(math.fsum(r * r for r in rest) * n / max(1, n - 1)) / total if n > 1 else math.inf
+    gain, error = difference(default, best, tokens)
     return Comparison(gain, error, NormalDist().inv_cdf(1 - 0.025 / max(1, others)))
 
 

@@ -17,7 +17,9 @@ import tiny
 import torch
 import transformers
 
+import foreword as fw
 from foreword.train.growth import Growth
+from foreword.train.monitor import Monitor
 from foreword.train.rollback import RollBack
 from foreword.train.stages import LayerByLayer, Stage
 
@@ -44,6 +46,14 @@ def strategy(name):
     if name == "stages":
         stages = [Stage("last:1", 5), Stage("first:1", 4, learning_rate=0.01), Stage(None, 5)]
         return {"gate": "head", "dropout": 0.1}, [LayerByLayer(stages)], {}
+    if name == "monitor":
+        return MLP, [Monitor(every=1)], {}
+    if name == "tasks":  # 20 rows, so that checkpoints fall into three epochs
+        data = {task: tiny.rows(n, seed=i) for i, (task, n) in enumerate({"one": 12, "two": 6, "three": 2}.items())}
+        config = {"tasks": tuple(data), "common": 2, "dropout": 0.1, "init": "orthogonal", "length": 4}
+        mixture = fw.TaskMixture(data, sampling="temperature", temperature=2.0)
+        watched = {"eval_strategy": "steps", "eval_steps": 4, "valid": mixture}
+        return config, [], {"data": mixture, "orthogonality": 0.5, **watched}
     if name == "rollback":  # three steps in a row, as far from usual as it takes
         return MLP, [RollBack(every=2, times=9), Spikes((11, 12, 13))], {"explode_factor": 50.0}
     return MLP, [], {}
@@ -70,10 +80,10 @@ def train(out, pipe, name):
     model, tuning = tiny.tuned(**config)
     arguments = {"save_steps": 1, "save_total_limit": 2, "max_steps": 14, **more}
     tiny.trainer(model, out, callbacks=[*callbacks, Slow(pipe)], **arguments).train(resume_from_checkpoint=True)
-    tuning.bake().save(out / "final")
+    tuning.save(out / "final")
 
 
-def run(out, kill_at, wait, name):
+def run(out, kill_at, wait, name, train):
     """Train in a child; kill it some time after a step. Returns its exit status as waitpid gives it."""
     read, write = os.pipe()
     child = os.fork()
@@ -97,9 +107,14 @@ def run(out, kill_at, wait, name):
     return os.waitpid(child, 0)[1]
 
 
-if __name__ == "__main__":
-    folder, chance = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
+def killed_again_and_again(train):
+    """What a script of these does: `SCRIPT OUT SEED NAME`."""
+    folder, chance, name = Path(sys.argv[1]), random.Random(int(sys.argv[2])), sys.argv[3]
     for at in (1, 3, 5, 7, 9, 11):
         moment = chance.uniform(0, 0.08)
-        print(at, round(moment, 4), os.WTERMSIG(run(folder, at, moment, sys.argv[3])), flush=True)
-    sys.exit(os.waitstatus_to_exitcode(run(folder, None, 0, sys.argv[3])))
+        print(at, round(moment, 4), os.WTERMSIG(run(folder, at, moment, name, train)), flush=True)
+    sys.exit(os.waitstatus_to_exitcode(run(folder, None, 0, name, train)))
+
+
+if __name__ == "__main__":
+    killed_again_and_again(train)

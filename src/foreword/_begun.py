@@ -1,0 +1,55 @@
+"""Long work that goes on after a kill: a note of what was begun, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from foreword.errors import ConfigError, DataError
+
+
+def begin(note: Path, record: Mapping[str, Any], resume: bool, what: str) -> None:
+    """Write down what is begun, or make sure that it is what was begun before.
+
+    Args:
+        record: what JSON can hold; anything that would change the results.
+        what: for the messages, e.g. ``"questions"``.
+
+    Raises:
+        ConfigError: something was begun and ``resume`` isn't asked for, or it was begun with another record.
+        DataError: the note is damaged.
+    """
+    if not note.exists():
+        write_whole(note, json.dumps(record, indent=1) + "\n")
+        return
+    if not resume:
+        raise ConfigError(f"{note.parent} holds {what} that were begun; pass --resume to go on, or another --out")
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        different = next((name for name in record if known.get(name) != record[name]), None)
+    except (OSError, ValueError, AttributeError) as exc:
+        raise DataError(f"{note} can't be read: {exc}; give another --out") from exc
+    if different is not None:
+        raise ConfigError(
+            f"{note.parent} holds {what} that were begun with another {different} ({_short(known.get(different))} "
+            f"there, {_short(record[different])} here); give what it was begun with, or another --out"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name, then rename it: at no moment is half of it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
