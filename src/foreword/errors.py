@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_MOST_NAMES = 20  # in a message; a library may hold a thousand
+
 
 class ForewordError(Exception):
     """Base class of every error that foreword raises on purpose."""
@@ -62,9 +64,12 @@ class StoppedError(ForewordError):
 
 
 def nearest(name: str, names: Iterable[str], *, n: int = 3, cutoff: float = 0.6) -> str:
-    """The end of a message about a name that is none of these: those that are like it, or all of them."""
+    """The end of a message about a name that is none of these: those that are like it, or what there is."""
     from difflib import get_close_matches
 
     known = list(names)
     near = get_close_matches(name, known, n=n, cutoff=cutoff)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known) or 'none'}"
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+    return f"there are: {', '.join(known[:_MOST_NAMES]) or 'none'}{more}"

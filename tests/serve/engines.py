@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +12,7 @@ import zoo
 from foreword.serve.admission import Limits
 from foreword.serve.engine import Engine
 from foreword.serve.library import Library
-from foreword.serve.request import Sampling
+from foreword.serve.request import Piece, Sampling
 
 TASKS = {"short": 1, "middle": 3, "long": 6}
 GREEDY = {"temperature": 0.0}
@@ -61,3 +62,24 @@ def prompt(length, seed=0):
 
 def greedy(tokens=8, **options):
     return Sampling(max_tokens=tokens, **{**GREEDY, **options})
+
+
+class Kept:
+    """A sink that keeps what it is told."""
+
+    def __init__(self, n=1):
+        self.told, self.tokens, self.text, self.finish = [], [[] for _ in range(n)], [""] * n, [None] * n
+        self.error, self.ended = None, threading.Event()
+
+    def __call__(self, what):
+        assert not self.ended.is_set(), "told after the end"
+        self.told.append(what)
+        if isinstance(what, Exception):
+            self.error = what
+        else:
+            assert isinstance(what, Piece) and self.finish[what.index] is None
+            self.tokens[what.index] += what.tokens
+            self.text[what.index] += what.text
+            self.finish[what.index] = what.finish
+        if self.error or all(self.finish):
+            self.ended.set()

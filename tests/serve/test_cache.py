@@ -80,3 +80,18 @@ def test_rows_keep_their_own(events):
                 assert torch.equal(k, a) and torch.equal(v, b)
         columns = cache.places * cache.capacity
         assert cache.nbytes == 4 * columns * HEADS * (KEY + VALUE) * (LAYERS if cache.layers else 0)
+
+
+def test_places_that_are_not_needed_any_more_go():
+    """What is allocated follows what is written: one long row doesn't keep room for those that have left."""
+    generator, cache, source = torch.Generator().manual_seed(0), RowCache(), DynamicCache()
+    source.update(*states(16, 8, generator), 0)
+    cache.join(source, range(16), [8] * 16)
+    for _ in range(15):
+        cache.leave(0)
+    for _ in range(300):
+        cache.prepare()
+        with cache.passing(0, 1):
+            cache.layers[0].update(*states(1, 1, generator))
+        cache.advance()
+    assert cache.lengths == [308] and cache.places == 1 and cache.capacity <= 308 + max(64, 308 // 4)

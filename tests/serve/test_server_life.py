@@ -363,6 +363,8 @@ def test_prompts_are_logged_when_that_is_asked_for_and_bad_prefixes_are_left_out
     (tmp_path / "prefixes" / "bad").mkdir(parents=True)
     for part in ("foreword.json", "prefix.safetensors"):
         (tmp_path / "prefixes" / "bad" / part).write_text("{")
+    gpt2 = zoo.build("gpt2")
+    fw.Prefix.from_tensors(gpt2, zoo.random_prefix(gpt2, fw.sites(gpt2))).save(tmp_path / "prefixes" / "foreign")
     prefix = f"good={folders / 'prefixes' / 'long'}"
     options = ["--model", folders / "model", "--prefix", prefix, "--prefix-dir", tmp_path / "prefixes", "--log-prompts"]
     with Process(*options) as running:
@@ -373,7 +375,7 @@ def test_prompts_are_logged_when_that_is_asked_for_and_bad_prefixes_are_left_out
         code = running.end(signal.SIGINT)
     assert code == 130
     log = running.log()
-    assert next(e for e in log if e["event"] == "prefix left out")["task"] == "bad"
+    assert [e["task"] for e in log if e["event"] == "prefix left out"] == ["bad", "foreign"]
     assert next(e for e in log if e.get("path") == "/v1/completions")["prompt"] == "The film"
 
 

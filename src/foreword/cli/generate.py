@@ -14,6 +14,8 @@ from foreword.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_DRAWN = {"temperature": 0.8, "top_p": 0.95, "top_k": 0}
+
 
 def run(
     model: Annotated[str, Option(help="Base model: hub name, folder, .gguf file, or 'demo'.")],
@@ -22,9 +24,9 @@ def run(
     prompts: Annotated[Path | None, Option(help="A file with one prompt a line.")] = None,
     max_new_tokens: Annotated[int, Option(min=1)] = 60,
     sample: Annotated[bool, Option("--sample/--greedy", help="Draw tokens, or take the likeliest.")] = False,
-    temperature: Annotated[float, Option(min=0.01)] = 0.8,
-    top_p: Annotated[float, Option(min=0.01, max=1.0)] = 0.95,
-    top_k: Annotated[int, Option(min=0)] = 0,
+    temperature: Annotated[float | None, Option(min=0.01, help="With --sample.", show_default="0.8")] = None,
+    top_p: Annotated[float | None, Option(min=0.01, max=1.0, help="With --sample.", show_default="0.95")] = None,
+    top_k: Annotated[int | None, Option(min=0, help="With --sample; 0: all.", show_default="0")] = None,
     beams: Annotated[int, Option(min=1)] = 1,
     n: Annotated[int, Option(min=1, help="Answers to each prompt (with --sample or --beams).")] = 1,
     strength: Annotated[float, Option(min=0.0, help="Weight of the prefix: 1 as trained, 0 none.")] = 1.0,
@@ -36,6 +38,13 @@ def run(
 ) -> None:
     """Write from prompts, streaming to the terminal; several prompts run as one batch."""
     asked = _prompts(prompt, prompts)
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in drawing.items() if value is not None}
+    if given and not sample:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise ConfigError(
+            f"{option} goes with --sample, and without it no token is drawn; add --sample, or leave {option} out"
+        )
     if n > max(1, beams) and not sample:
         raise ConfigError(f"--n {n} asks for different answers; add --sample, or --beams {n}")
     quiet()
@@ -55,10 +64,10 @@ def run(
         "max_new_tokens": max_new_tokens,
         "num_beams": beams,
         "num_return_sequences": n,
+        "do_sample": sample,
     }
-    options |= {"do_sample": sample}
     if sample:
-        options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        options |= {**_DRAWN, **given}
     texts = [_in_template(tokenizer, p) for p in asked] if chat else asked
     if len(asked) == 1 and n == 1 and beams == 1 and not as_json:
         _stream(base, tokenizer, texts[0], options, echo=not chat)

@@ -14,6 +14,7 @@ from foreword.errors import ConfigError, ForewordError, MissingPartError
 
 if TYPE_CHECKING:
     from foreword.prefix import Prefix
+    from foreword.serve.library import Library
     from foreword.serve.shelf import Shelf
 
 _TASKS, _LIMITS, _KEYS, _MODEL = "Tasks", "Limits", "Keys and logs", "Model"
@@ -62,37 +63,37 @@ def run(
     from foreword.serve.library import Library
     from foreword.serve.shelf import Shelf
 
-    base = name or (Path(model).stem if Path(model).exists() else model)
+    base = name or _name_of(model)
     shelf = Shelf(prefix_dir) if prefix_dir is not None else None
-    settings = Settings(
-        base, read_keys(api_keys, "FOREWORD_API_KEYS"), read_keys(admin_keys, "FOREWORD_ADMIN_KEYS"), shelf,
-        tasks=max_tasks, prompts=max_prompts, n=min(max_n, rows), chat_tokens=chat_tokens, body_bytes=max_body,
-        body_seconds=idle_timeout, write_seconds=idle_timeout, seconds=timeout, log_prompts=log_prompts,
-    )  # fmt: skip
+    keys, admin = read_keys(api_keys, "FOREWORD_API_KEYS"), read_keys(admin_keys, "FOREWORD_ADMIN_KEYS")
     limits = Limits(rows=rows, queue=queue, length=max_length, columns=max_columns, step_tokens=step_tokens)
     logs.set_up()
-    tasks = _tasks(prefix or [], shelf)  # and all else that can be wrong, before the model is loaded
-    if base in tasks:
+    named, lying = _tasks(prefix or [], shelf)  # and all else that can be wrong, before the model is loaded
+    if base in named or base in lying:
         raise ConfigError(f"{base!r} is the base model's name; call it or the task something else (--name)")
-    if len(tasks) > max_tasks:
-        raise ConfigError(f"{len(tasks)} tasks are more than --max-tasks {max_tasks}")
+    if len(named) + len(lying) > max_tasks:
+        raise ConfigError(f"{len(named) + len(lying)} tasks are more than --max-tasks {max_tasks}")
     bound = listen(host, port)
     try:
         network, tokenizer = load_model(model, dtype=dtype, attn=attn, device=device, quantize=quantize)
         library = Library(network)
-        for task, loaded in tasks.items():
-            library.add(task, loaded, force=force)
+        _add(library, named, lying, force=force)
         engine = Engine(library, tokenizer, limits)
     except BaseException:
         bound.close()
         raise
-    if not len(settings.keys) and host not in ("127.0.0.1", "::1", "localhost"):
+    settings = Settings(
+        base, keys, admin, shelf, tasks=max_tasks, prompts=max_prompts, n=min(max_n, rows), chat_tokens=chat_tokens,
+        body_bytes=max_body, body_seconds=idle_timeout, write_seconds=idle_timeout, seconds=timeout,
+        log_prompts=log_prompts, force=force, folders={task: task for task in lying},
+    )  # fmt: skip
+    if not len(keys) and host not in ("127.0.0.1", "::1", "localhost"):
         logs.event("no API key is set: whoever reaches this port may ask", level=logging.WARNING)
 
     def ready() -> None:
         address, number = bound.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        logs.event("ready", url=f"http://{shown}:{number}", base=base, tasks=len(tasks), length=engine.length,
+        logs.event("ready", url=f"http://{shown}:{number}", base=base, tasks=len(library), length=engine.length,
                    most_kv_bytes=engine.columns * engine.column_bytes)  # fmt: skip
 
     serve(create_app(engine.start(), settings), engine, bound, drain=drain, ready=ready)
@@ -104,22 +105,54 @@ def _check_installed() -> None:
         raise MissingPartError(f'the server needs {", ".join(missing)}; get it with: pip install "foreword[serve]"')
 
 
-def _tasks(named: list[str], shelf: Shelf | None) -> dict[str, Prefix]:
-    """The prefixes to begin with. One that is named must load; one that only lies in the folder is left out."""
+def _name_of(model: str) -> str:
+    """What clients call the base model: a file's or folder's name, or the name that it is loaded by."""
+    path = Path(model)
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if path.is_dir() else model
+
+
+def _tasks(given: list[str], shelf: Shelf | None) -> tuple[dict[str, Prefix], dict[str, Prefix]]:
+    """The prefixes to begin with: those that are named, and those that only lie in the folder.
+
+    Whoever is named must load; what lies there and doesn't is left out.
+    """
     from foreword.prefix import Prefix
-    from foreword.serve.http import logs
     from foreword.serve.shelf import check_name
 
-    tasks = {}
-    for name, folder in pairs(named, "--prefix").items():
-        check_name(name)
-        tasks[name] = Prefix.load(folder)
-    if shelf is not None:
-        for name in shelf.names():
+    named = {check_name(name): Prefix.load(folder) for name, folder in pairs(given, "--prefix").items()}
+    lying = {}
+    for name in shelf.names() if shelf is not None else ():
+        if name not in named:
             try:
-                tasks.setdefault(name, shelf.load(name))
+                assert shelf is not None
+                lying[name] = shelf.load(name)
             except ForewordError as exc:
-                logs.event("prefix left out", level=logging.ERROR, task=name, reason=str(exc))
-    if not tasks:
+                _left_out(name, exc)
+    return named, lying
+
+
+def _add(library: Library, named: dict[str, Prefix], lying: dict[str, Prefix], *, force: bool) -> None:
+    """Put tasks onto the model; those that only lie in the folder and belong to another one are taken out."""
+    from foreword.serve.http import logs
+
+    for name, prefix in named.items():
+        try:
+            library.add(name, prefix, force=force)
+        except ForewordError as exc:
+            raise type(exc)(f"--prefix {name}: {exc}") from exc
+    for name, prefix in list(lying.items()):
+        try:
+            library.add(name, prefix, force=force)
+        except ForewordError as exc:
+            del lying[name]
+            _left_out(name, exc)
+    if not len(library):
         logs.event("no task is given (--prefix, --prefix-dir): the base model alone is served", level=logging.WARNING)
-    return tasks
+
+
+def _left_out(name: str, reason: ForewordError) -> None:
+    from foreword.serve.http import logs
+
+    logs.event("prefix left out", level=logging.ERROR, task=name, reason=str(reason))

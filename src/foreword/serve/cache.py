@@ -126,9 +126,9 @@ class RowCache(Cache):
         """Have ``rows`` places, ``width`` columns before the end and one after it; moves what is there if need be."""
         if rows <= self.places and width <= self.end < self.capacity:
             return
-        places = self.places
+        places = 1  # anew, so that places which are not needed any more go
         while places < rows:
-            places = max(1, 2 * places)
+            places *= 2
         capacity = width + max(_SPARE, width // 4)
         for layer in self._held():
             layer.move(places, capacity, len(self.lengths), self.width, self.end, width)

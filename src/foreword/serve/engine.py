@@ -14,45 +14,25 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from foreword.errors import ConfigError, DeadlineError, ForewordError, OverloadedError, StoppedError
+from foreword.errors import ConfigError, DeadlineError, OverloadedError, StoppedError
 from foreword.serve._calls import Calls
-from foreword.serve._rows import Lane, Lanes, Reading, kv_bytes
+from foreword.serve._rows import kv_bytes
 from foreword.serve._text import Text
+from foreword.serve._work import Stats, Work
 from foreword.serve.admission import Limits, next_group
 from foreword.serve.library import Library
 from foreword.serve.request import Answer, Request, Sampling, Sink
-from foreword.serve.sampling import choose_tokens
 from foreword.serve.written import Written, collector
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts since the engine was made, and what is at work now."""
-
-    requests: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    steps: int = 0
-    prompt_tokens: int = 0
-    written_tokens: int = 0
-    waiting: int = 0
-    reading: int = 0
-    rows: int = 0
-    lanes: int = 0
-    padding: int = 0
-    kv_bytes: int = 0
 
 
 class Engine:
@@ -69,22 +49,20 @@ class Engine:
     def __init__(self, library: Library, tokenizer: PreTrainedTokenizerBase, limits: Limits | None = None) -> None:
         self.library, self.tokenizer, self.limits = library, tokenizer, limits or Limits()
         self.stats = Stats()
-        self._calls = Calls(library)
-        self._calls.prove()
+        calls = Calls(library)
+        calls.prove()
         config = library.model.config.get_text_config(decoder=True)
         own = getattr(config, "max_position_embeddings", None) or 4096
         self.length = min(self.limits.length or own, own)
         self.columns = self.limits.columns or self.limits.rows * self.length
         self.ends = frozenset(_as_list(library.model.generation_config.eos_token_id))
-        self.column_bytes = kv_bytes(self._calls)  # of keys and values, a token
+        self.column_bytes = kv_bytes(calls)  # of keys and values, a token
         self._vocabulary = int(config.vocab_size)
         self._queue: deque[Request] = deque()
-        self._readings: deque[Reading] = deque()
-        self._lanes = Lanes(self._calls)
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._work = Work(calls, self.limits.step_tokens, self.stats)
         self._wake = threading.Condition()
         self._closed = self._stopped = False
-        self._seconds = 1.0  # of a request, about
         self._thread = threading.Thread(target=self._run, name="foreword-engine", daemon=True)
 
     # ---------------------------------------------------------------- for callers, in any thread
@@ -95,13 +73,14 @@ class Engine:
         return self
 
     @property
-    def _ended(self) -> bool:
-        return self._thread.ident is not None and not self._thread.is_alive()
-
-    @property
     def accepting(self) -> bool:
         """Whether requests are taken."""
         return not self._closed and not self._ended
+
+    @property
+    def _ended(self) -> bool:
+        """Whether nothing is done any more."""
+        return self._stopped or (self._thread.ident is not None and not self._thread.is_alive())
 
     def submit(
         self, prompt: Sequence[int], sampling: Sampling, task: str | None, sink: Sink, *, seconds: float | None = None
@@ -130,7 +109,7 @@ class Engine:
             if not self.accepting:
                 raise StoppedError("the engine takes no requests any more; start another one")
             if len(self._queue) >= self.limits.queue:
-                after = math.ceil(self._seconds * (len(self._queue) + 1) / self.limits.rows)
+                after = math.ceil(self._work.seconds * (len(self._queue) + 1) / self.limits.rows)
                 raise OverloadedError(
                     f"{len(self._queue)} requests are waiting, which is the most; try again later",
                     retry_after=min(60, max(1, after)),
@@ -150,7 +129,11 @@ class Engine:
             self._wake.notify()
 
     def between_steps(self, job: Callable[[], T]) -> Future[T]:
-        """Run something in the engine's thread while no pass is under way: changes of the library belong here."""
+        """Run something in the engine's thread while no pass is under way: changes of the library belong here.
+
+        Raises:
+            StoppedError: the engine does nothing any more.
+        """
         future: Future[T] = Future()
         with self._wake:
             if self._ended:
@@ -167,6 +150,8 @@ class Engine:
     ) -> list[list[Written]]:
         """Write answers to some prompts and wait for them: a list of ``n`` for each prompt.
 
+        There may be more prompts than the queue holds.
+
         Args:
             prompts: texts or token ids.
             tasks: one a prompt, or one for all; None: the base model.
@@ -175,19 +160,36 @@ class Engine:
             ForewordError: a prompt or task is refused, or one failed; the others are cancelled then.
         """
         names = [tasks] * len(prompts) if tasks is None or isinstance(tasks, str) else list(tasks)
+        if len(names) != len(prompts):
+            raise ConfigError(f"{len(names)} tasks for {len(prompts)} prompts; name one a prompt, or one for all")
         found = [[Written() for _ in range(sampling.n)] for _ in prompts]
-        waits: list[Future[None]] = [Future() for _ in prompts]
-        requests = []
+        waits: list[Future[None]] = []
+        requests: list[Request] = []
         try:
-            for prompt, task, answers, wait in zip(prompts, names, found, waits, strict=True):
+            for prompt, task, answers in zip(prompts, names, found, strict=True):
                 ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-                requests.append(self.submit(ids, sampling, task, collector(answers, wait)))
+                wait: Future[None] = Future()
+                requests.append(self._submit_patiently(ids, sampling, task, collector(answers, wait), waits))
+                waits.append(wait)
             for wait in waits:
                 wait.result()
         finally:
             for request in requests:
                 self.cancel(request)
         return found
+
+    def _submit_patiently(
+        self, ids: Sequence[int], sampling: Sampling, task: str | None, sink: Sink, before: Sequence[Future[None]]
+    ) -> Request:
+        """Submit, waiting for the caller's own earlier requests while the queue is full."""
+        while True:
+            try:
+                return self.submit(ids, sampling, task, sink)
+            except OverloadedError:
+                running = next((wait for wait in before if not wait.done()), None)
+                if running is None:  # it is full of others' requests
+                    raise
+                running.result()
 
     def close(self, *, wait: float | None = None) -> bool:
         """Take no more requests and let those that were taken finish.
@@ -202,7 +204,7 @@ class Engine:
             self._closed = True
             self._wake.notify()
         if self._thread.ident is None:
-            return True
+            return not self._queue
         self._thread.join(wait)
         return not self._thread.is_alive()
 
@@ -213,6 +215,8 @@ class Engine:
             self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join()
+        else:
+            self._end()
 
     def _check(self, request: Request) -> None:
         sampling, prompt = request.sampling, request.prompt
@@ -241,33 +245,38 @@ class Engine:
                 self.step()
             except Exception as exc:  # of our own: the model's are caught where the requests are known
                 log.exception("the engine failed and begins anew")
-                self._fail(exc, self._all_requests())
-                self._readings.clear()
-                self._lanes = Lanes(self._calls)
-        self._fail(StoppedError("the engine was stopped"), self._all_requests())
-        while self._jobs:
-            self._jobs.popleft()[1].set_exception(StoppedError("the engine was stopped"))
+                self._work.fail(exc, self._all_requests())
+                self._work.abandon()
+        self._end()
 
     def _wait_for_work(self) -> bool:
         """False when there won't be any."""
         with self._wake:
-            while not (self._stopped or self._queue or self._readings or len(self._lanes) or self._jobs):
+            while not (self._stopped or self._queue or self._work or self._jobs):
                 if self._closed:
                     self._stopped = True
                     break
                 self._wake.wait()
             return not self._stopped
 
+    def _end(self) -> None:
+        """Nothing comes any more: whoever waits is told."""
+        self._work.fail(StoppedError("the engine was stopped"), self._all_requests())
+        self._work.abandon()
+        with self._wake:
+            self._queue.clear()
+        while self._jobs:
+            future = self._jobs.popleft()[1]
+            if future.set_running_or_notify_cancel():
+                future.set_exception(StoppedError("the engine was stopped"))
+
     def step(self) -> None:
         """A part of the prompts that have come, and a token for every row: what the thread does, over and over."""
         self._do_jobs()
         self._sweep()
         self._admit()
-        if self._readings:
-            self._read(self._readings.popleft())
-        for lane in self._lanes:
-            self._write(lane)
-        self._clear()
+        self._work.step()
+        self.stats.waiting = len(self._queue)
         self.stats.steps += 1
 
     def _do_jobs(self) -> None:
@@ -282,121 +291,31 @@ class Engine:
     def _sweep(self) -> None:
         """Let go of what nobody waits for any more."""
         now = time.monotonic()
-        late = [r for r in self._all_requests() if r.deadline is not None and r.deadline < now and not r.cancelled]
-        for request in late:
-            self._fail(DeadlineError(f"no answer within {now - request.submitted:.0f} s; try again later"), [request])
-        self._forget([r for r in self._all_requests() if r.cancelled])
+        for request in self._all_requests():
+            if request.deadline is not None and request.deadline < now:
+                seconds = now - request.submitted
+                self._work.fail(DeadlineError(f"no answer within {seconds:.0f} s; try again later"), [request])
+        with self._wake:
+            self._queue = deque(r for r in self._queue if not r.cancelled)
+        self._work.forget()
 
     def _admit(self) -> None:
         """Begin with the next prompts, where there is room."""
-        if self._readings or not self._queue:
+        if self._work.reading or not self._queue:
             return
-        columns = self.columns - sum(r.columns for r in self._lanes.requests)
+        lanes = self._work.lanes
+        columns = self.columns - sum(r.columns for r in lanes.requests)
         with self._wake:
-            rows = self.limits.rows - self._lanes.rows
-            group = next_group(self._queue, rows, columns, self.limits.step_tokens)
+            group = next_group(self._queue, self.limits.rows - lanes.rows, columns, self.limits.step_tokens)
             for request in group:
                 self._queue.remove(request)
         if group:
-            self._readings.append(Reading(self._calls, group))
-
-    def _read(self, reading: Reading) -> None:
-        """Go on with some prompts; when they are read, choose their first tokens and let their rows join a lane."""
-        try:
-            logits = reading.go_on(self.limits.step_tokens)
-        except Exception as exc:
-            if len(reading.requests) == 1:
-                self._fail(exc, reading.requests)
-            else:  # which of them it was shows when each is read alone
-                self._readings.extendleft(Reading(self._calls, [r]) for r in reversed(reading.requests))
-            return
-        if logits is None:
-            self._readings.appendleft(reading)
-            return
-        self.stats.prompt_tokens += sum(len(r.prompt) for r in reading.requests)
-        picks = [row for row, r in enumerate(reading.requests) for _ in range(r.sampling.n)]
-        self._choose([a for r in reading.requests for a in r.answers], logits[picks])
-        for row, request in enumerate(reading.requests):
-            running = [a for a in request.answers if a.finish is None and not request.cancelled]
-            if running:
-                self._join(reading, row, running)
-
-    def _join(self, reading: Reading, row: int, answers: Sequence[Answer]) -> None:
-        lane = self._lanes.place(answers)
-        try:
-            lane.join(reading.cache, [row] * len(answers), answers)
-        except Exception as exc:  # there is no memory for them, and the lane may be half moved
-            self._fail(exc, {a.request for a in (*answers, *lane.answers)})
-            self._lanes.close(lane)
-
-    def _write(self, lane: Lane) -> None:
-        """A token more for every row of a lane."""
-        try:
-            outcomes = lane.step()
-        except Exception as exc:
-            self._fail(exc, {a.request for a in lane.answers})
-            self._lanes.close(lane)
-            return
-        for answers, outcome in outcomes:
-            if isinstance(outcome, Exception):
-                self._fail(outcome, {a.request for a in answers})
-            else:
-                self._choose(answers, outcome)
-
-    def _choose(self, answers: Sequence[Answer], logits: Tensor) -> None:
-        """Go on by a token, and tell."""
-        tokens, scores, sound = choose_tokens(logits, answers)
-        for answer, token, score, fine in zip(answers, tokens, scores, sound, strict=True):
-            request = answer.request
-            if request.cancelled:
-                continue
-            if not fine:
-                what = "the model gave numbers that are not finite; the prefix or the model is damaged"
-                self._fail(ForewordError(what), [request])
-                continue
-            try:
-                piece = answer.take(token, score)
-            except Exception as exc:
-                self._fail(exc, [request])
-                continue
-            self.stats.written_tokens += 1
-            request.tell(piece)
-            if request.done:
-                self._seconds += 0.1 * (time.monotonic() - request.submitted - self._seconds)
-
-    # ---------------------------------------------------------------- leaving
-
-    def _clear(self) -> None:
-        self._lanes.clear()
-        stats, lanes = self.stats, list(self._lanes)
-        stats.waiting, stats.reading = len(self._queue), sum(r.rows for r in self._readings)
-        stats.rows, stats.lanes = self._lanes.rows, len(lanes)
-        stats.padding = sum(lane.padding for lane in lanes)
-        stats.kv_bytes = sum(lane.cache.nbytes for lane in lanes)
-
-    def _fail(self, error: Exception, requests: Iterable[Request]) -> None:
-        for request in list(requests):
-            if not request.cancelled:
-                if not isinstance(error, ForewordError):
-                    log.error("a request failed", exc_info=error)
-                request.cancelled = True
-                self.stats.failed += 1
-                request.tell(error)
-        self._forget([r for r in self._all_requests() if r.cancelled])
-
-    def _forget(self, requests: Sequence[Request]) -> None:
-        """Take requests out wherever they are."""
-        gone = set(requests)
-        if not gone:
-            return
-        with self._wake:
-            self._queue = deque(r for r in self._queue if r not in gone)
-        for reading in [r for r in self._readings if gone.issuperset(r.requests)]:
-            self._readings.remove(reading)
+            self._work.begin(group)
 
     def _all_requests(self) -> list[Request]:
-        reading = [r for reading in self._readings for r in reading.requests]
-        return [*self._queue, *reading, *self._lanes.requests]
+        with self._wake:
+            waiting = list(self._queue)
+        return [*waiting, *self._work.requests]
 
 
 def _as_list(ends: int | Sequence[int] | None) -> list[int]:

@@ -53,6 +53,11 @@ class Library:
         """The tasks, in the order that they were added."""
         return list(self._prefixes)
 
+    @property
+    def prefixes(self) -> dict[str, Prefix]:
+        """The tasks with their prefixes, as they are now."""
+        return dict(self._prefixes)
+
     def __contains__(self, name: str) -> bool:
         return name in self._prefixes
 
@@ -60,9 +65,10 @@ class Library:
         return len(self._prefixes)
 
     def __getitem__(self, name: str) -> Prefix:
-        if name not in self._prefixes:
+        prefix = self._prefixes.get(name)
+        if prefix is None:
             raise ConfigError(f"no task is named {name!r}; {nearest(name, self._prefixes)}")
-        return self._prefixes[name]
+        return prefix
 
     def add(self, name: str, prefix: Prefix, *, force: bool = False) -> None:
         """Hold a prefix under a task name, on the model's device and in its dtype; an older one is replaced.

@@ -17,6 +17,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MOST_DESCRIPTION = 16 << 20  # bytes
 
 
+class NoPrefixError(PrefixFileError):
+    """There is no prefix of this name in the folder."""
+
+
 def check_name(name: str) -> str:
     """A task's name as it is.
 
@@ -63,7 +67,8 @@ class Shelf:
 
         Raises:
             ConfigError: the name is malformed, or leads out of the folder.
-            PrefixFileError: nothing is there.
+            NoPrefixError: nothing is there.
+            PrefixFileError: its files are larger than they may be.
         """
         root, path = self.folder.resolve(), self.folder / check_name(name)
         if path.resolve().parent != root:
@@ -71,7 +76,7 @@ class Shelf:
         for part in (DESCRIPTION, WEIGHTS):
             file = path / part
             if not file.is_file():  # a pipe or a device would be read for ever
-                raise PrefixFileError(f"there is no prefix {name!r} in the folder of prefixes: no file {part}")
+                raise NoPrefixError(f"there is no prefix {name!r} in the folder of prefixes: no file {part}")
             if file.resolve().parent != path.resolve():
                 raise ConfigError(f"{part} of {name!r} leads out of its folder; expected a plain file")
             most = min(self.most_bytes, _MOST_DESCRIPTION if part == DESCRIPTION else self.most_bytes)

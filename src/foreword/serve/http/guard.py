@@ -85,7 +85,7 @@ class Guard:
             self._note(scope, notes, status or _GONE)
 
     def _check_key(self, scope: Scope) -> None:
-        authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        authorization = dict(scope["headers"]).get(b"authorization", b"").decode("utf-8", "surrogateescape")
         if scope["path"].startswith("/v1/"):
             check(authorization, self.keys)
         elif scope["path"].startswith("/admin/"):

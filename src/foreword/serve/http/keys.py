@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from foreword.errors import ConfigError
 from foreword.serve.http.errors import ApiError
+
+_COMMENT = re.compile(r"(^|\s)#.*")  # a key may have "#" in it
 
 
 class Keys:
@@ -32,12 +35,15 @@ def read_keys(file: Path | None, variable: str) -> Keys:
     """The keys of a file (one a line, ``#`` begins a comment) and of an environment variable (with commas).
 
     Raises:
-        ConfigError: the file can't be read or has no key, or a key is short enough to be guessed.
+        ConfigError: the file can't be read or has no key, the variable is set and has none, or a key is short enough to
+            be guessed.
     """
     found = [k.strip() for k in os.environ.get(variable, "").split(",")]
+    if variable in os.environ and not any(found):  # a secret that got lost must not open the door
+        raise ConfigError(f"{variable} is set and has no key; unset it, or give keys with commas between them")
     if file is not None:
         try:
-            lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [_COMMENT.sub("", line).strip() for line in file.read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigError(f"the keys in {file} can't be read: {exc}") from exc
         if not any(lines):

@@ -47,8 +47,8 @@ class _OfEngine(Collector):
         self.engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        stats, library = self.engine.stats, self.engine.library
-        prefixes = [library[name] for name in library.names]
+        stats = self.engine.stats
+        prefixes = list(self.engine.library.prefixes.values())
         for name, text, value in (
             ("rows", "Answers that are being written.", stats.rows),
             ("reading_rows", "Answers whose prompts are being read.", stats.reading),

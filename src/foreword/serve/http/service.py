@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
-from foreword.errors import ConfigError, ForewordError
+from foreword.errors import ConfigError, nearest
 from foreword.serve.engine import Engine
-from foreword.serve.http.errors import ApiError, told
+from foreword.serve.http.errors import ApiError
 from foreword.serve.http.guard import Notes
 from foreword.serve.http.keys import Keys
-from foreword.serve.http.logs import event
 from foreword.serve.http.metrics import Metrics
-from foreword.serve.http.streams import Answers, Bridge, EventStream
+from foreword.serve.http.streams import Answers, Bridge
 from foreword.serve.request import Piece, Sampling
 from foreword.serve.shelf import Shelf
 
@@ -48,6 +44,8 @@ class Settings:
         write_seconds: that a client may leave its connection full.
         seconds: that an answer may take, the queue included.
         log_prompts: write prompts into the log.
+        force: accept prefixes of a base model with other weights at run time.
+        folders: on the shelf, of the tasks that were loaded from there to begin with.
     """
 
     base: str
@@ -63,6 +61,8 @@ class Settings:
     write_seconds: float = 30.0
     seconds: float = 300.0
     log_prompts: bool = False
+    force: bool = False
+    folders: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Service:
         self.library, self.tokenizer = engine.library, engine.tokenizer
         self.metrics = Metrics(engine)
         self.began = int(time.time())
-        self.sources = {name: Source(None, self.began) for name in self.library.names}
+        self.sources = {n: Source(settings.folders.get(n), self.began) for n in self.library.names}
         self.changing = asyncio.Lock()
         self._encoding = threading.Lock()  # a tokenizer's settings are no one thread's own
         self._bridge: Bridge | None = None
@@ -96,10 +96,9 @@ class Service:
         """
         if name == self.settings.base:
             return None
-        try:
-            self.library[name]
-        except ConfigError as exc:
-            raise ApiError(404, str(exc).replace("task", "model"), code="model_not_found", param="model") from None
+        if name not in self.library:
+            near = nearest(name, [self.settings.base, *self.library.names])
+            raise ApiError(404, f"no model is named {name[:80]!r}; {near}", code="model_not_found", param="model")
         return name
 
     async def put(self, name: str, prefix: Prefix, folder: str | None) -> bool:
@@ -115,7 +114,7 @@ class Service:
             new = name not in self.library
             if new and len(self.library) >= self.settings.tasks:
                 raise ConfigError(f"{len(self.library)} tasks are served, which is the most; unload one first")
-            self.library.add(name, prefix)
+            self.library.add(name, prefix, force=self.settings.force)
             return new
 
         new = await asyncio.wrap_future(self.engine.between_steps(change))
@@ -123,13 +122,7 @@ class Service:
         return new
 
     async def drop(self, name: str) -> None:
-        """Serve a task no longer; requests that were taken before finish.
-
-        Raises:
-            ApiError: 404, there is none.
-        """
-        if self.task(name) is None:
-            raise ConfigError("the base model can't be unloaded; expected a task")
+        """Serve a task no longer, from the next step on; requests that were taken before finish."""
         await asyncio.wrap_future(self.engine.between_steps(lambda: self.library.remove(name)))
         self.sources.pop(name, None)
 
@@ -226,49 +219,6 @@ class Service:
             self.metrics.tokens.labels(notes.model, "answer").inc(answers.written_tokens)
             notes.fields |= {"prompt_tokens": answers.prompt_tokens, "completion_tokens": answers.written_tokens}
 
-    def stream(
-        self,
-        request: Request,
-        answers: Answers,
-        head: Iterable[dict[str, Any]],
-        chunk: Callable[[int, Piece], dict[str, Any] | None],
-        tail: Callable[[], dict[str, Any] | None],
-    ) -> EventStream:
-        """Answers as server-sent events.
-
-        Args:
-            head: chunks that come first.
-            chunk: what is sent for a piece; None: nothing yet.
-            tail: what is sent when all is written.
-        """
-
-        async def events() -> AsyncIterator[bytes]:
-            pieces = self.follow(request, answers)
-            try:
-                for made in head:
-                    yield encoded(made)
-                async for number, piece in pieces:
-                    if (made_of := chunk(number, piece)) is not None:
-                        yield encoded(made_of)
-                if (last := tail()) is not None:
-                    yield encoded(last)
-                yield b"data: [DONE]\n\n"
-            except Exception as exc:
-                if not isinstance(exc, ForewordError):
-                    event("stream failed", level=logging.ERROR, exc_info=exc, id=request.state.notes.id)
-                error = told(exc)
-                request.state.notes.fields["error"] = error.code or error.kind
-                yield encoded(error.body())
-            finally:
-                await pieces.aclose()  # type: ignore[attr-defined]
-
-        return EventStream(events(), write_seconds=self.settings.write_seconds)
-
-
-def encoded(chunk: dict[str, Any]) -> bytes:
-    """One event."""
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
-
 
 def check_text(text: str, param: str) -> None:
     """Raise ApiError for what JSON can name and no text can hold."""
@@ -277,12 +227,3 @@ def check_text(text: str, param: str) -> None:
     except UnicodeEncodeError:
         what = "half of a surrogate pair; expected text that can be encoded as UTF-8"
         raise ApiError(400, what, param=param) from None
-
-
-def new_id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
-
-
-def usage(answers: Answers) -> dict[str, int]:
-    prompt, written = answers.prompt_tokens, answers.written_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from foreword.serve.engine import Engine
 from foreword.serve.request import Piece, Request, Sampling
@@ -127,34 +127,39 @@ class EventStream(Response):
 
     Args:
         events: encoded events; closed in any case.
+        done: called in the end, also where no event was ever asked for.
         write_seconds: that a client may leave its connection full.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], *, write_seconds: float) -> None:
+    def __init__(self, events: AsyncIterator[bytes], *, done: Callable[[], None], write_seconds: float) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._seconds = events, write_seconds
+        self._events, self._done, self._seconds = events, done, write_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_gone(receive, self._send(send))
+        try:
+            await unless_gone(receive, self._send(send))
+        finally:  # a generator that was never begun runs no "finally" of its own
+            self._done()
 
     async def _send(self, send: Send) -> None:
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            head = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            await self._write(send, head)
             async for event in self._events:
-                await self._write(send, event, more=True)
-            await self._write(send, b"", more=False)
+                await self._write(send, {"type": "http.response.body", "body": event, "more_body": True})
+            await self._write(send, {"type": "http.response.body", "body": b"", "more_body": False})
         except OSError as exc:  # the connection broke while it was written to
             raise ClientGoneError from exc
         finally:
             if (close := getattr(self._events, "aclose", None)) is not None:
                 await close()
 
-    async def _write(self, send: Send, body: bytes, *, more: bool) -> None:
+    async def _write(self, send: Send, message: Message) -> None:
         try:
             async with asyncio.timeout(self._seconds):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
+                await send(message)
         except TimeoutError as exc:
             raise ClientGoneError from exc
