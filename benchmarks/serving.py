@@ -20,7 +20,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from _measure import keep, plainly, ratios, take_turns
+from _measure import hold_memory, keep, plainly, ratios, take_turns
 
 TEXTS = ["The film was", "I watched this one late at night, and", "Nobody could have", "Yesterday I saw that"] * 4
 ROWS = 16
@@ -42,6 +42,7 @@ def main() -> None:
         asyncio.run(clients(options.client, options.new_tokens))
         return
 
+    hold_memory()
     import foreword as fw
 
     model, tokenizer = fw.load_model(options.model)

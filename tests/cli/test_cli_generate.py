@@ -20,7 +20,9 @@ def invoke(folder, *options):
 def test_nothing_is_drawn_without_sample(option, how):
     result = invoke("no such model", *option, *how)  # before anything is loaded
     assert result.exit_code == 1
-    assert str(result.exception).startswith(f"{option[0]} goes with --sample") and "add --sample" in str(result.exception)
+    assert str(result.exception).startswith(f"{option[0]} goes with --sample") and "add --sample" in str(
+        result.exception
+    )
 
 
 def test_what_is_drawn_from(folder):

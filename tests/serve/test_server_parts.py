@@ -86,7 +86,10 @@ def test_names_that_are_not_there():
     for number in range(30):
         held.add(f"task{number}", held["short"])
     with serving(held) as running:
-        for name, said in (("task3x", "did you mean task3"), ("zzz", "there are: base, short, middle, long, task0, task1")):
+        for name, said in (
+            ("task3x", "did you mean task3"),
+            ("zzz", "there are: base, short, middle, long, task0, task1"),
+        ):
             message = httpx.get(f"{running.url}/v1/models/{name}").json()["error"]["message"]
             assert message.startswith(f"no model is named '{name}'; {said}")
         assert message.endswith("task15 and 14 more")

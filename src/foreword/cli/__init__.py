@@ -6,7 +6,21 @@ import sys
 
 import typer
 
-from foreword.cli import compress, demo, distill, doctor, eval, generate, inspect, interference, look, meta, serve, train, tune
+from foreword.cli import (
+    compress,
+    demo,
+    distill,
+    doctor,
+    eval,
+    generate,
+    inspect,
+    interference,
+    look,
+    meta,
+    serve,
+    train,
+    tune,
+)
 from foreword.errors import ForewordError
 
 app = typer.Typer(

@@ -67,5 +67,5 @@ class _Server(uvicorn.Server):
             self._ready()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        event("stopping", signal=signal.Signals(sig).name)
         super().handle_exit(sig, frame)
+        event("stopping", signal=signal.Signals(sig).name)

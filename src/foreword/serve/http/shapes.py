@@ -33,8 +33,9 @@ class Shape(ABC):
 
     def __init__(self, service: Service, body: Common, answers: Answers, *, kind: str, named: str) -> None:
         self.service, self.answers = service, answers
-        self.head = {"id": f"{kind}-{uuid.uuid4().hex}", "object": named, "created": int(time.time()),
-                     "model": body.model}  # fmt: skip
+        self.head: dict[str, Any] = {
+            "id": f"{kind}-{uuid.uuid4().hex}", "object": named, "created": int(time.time()), "model": body.model,
+        }  # fmt: skip
         self.n, self._streamed = body.n, bool(body.stream)
         self._usage_last = bool(body.stream_options and body.stream_options.include_usage)
 
