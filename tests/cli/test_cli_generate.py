@@ -26,9 +26,14 @@ def test_nothing_is_drawn_without_sample(option, how):
 
 
 def test_what_is_drawn_from(folder):
-    greedy = invoke(folder)
-    assert greedy.exit_code == 0, greedy.output
-    for option in (("--top-k", 1), ("--top-p", 0.01), ("--temperature", 0.01)):
-        assert json.loads(invoke(folder, "--sample", *option).stdout) == json.loads(greedy.stdout)
-    drawn = invoke(folder, "--sample", "--temperature", 2, "--top-p", 1.0)
-    assert json.loads(drawn.stdout) != json.loads(greedy.stdout)
+    def said(*options):
+        result = invoke(folder, *options)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)[0]["texts"]
+
+    assert said("--sample", "--top-k", 1) == said("--sample", "--top-p", 0.01) == said()
+    usual, hot = said("--sample"), said("--sample", "--temperature", 3)
+    assert (
+        usual == said("--sample", "--temperature", 0.8, "--top-p", 0.95, "--top-k", 0)
+        and len({*usual, *hot, *said()}) == 3
+    )
