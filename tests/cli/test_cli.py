@@ -221,7 +221,7 @@ def test_train_takes_the_configuration(run, folder, data, tmp_path, how):
         (("--method", "memory", "--memory-rank", 2), []),
         (("--method", "prefix", "--method", "lora", "--visible", "infix:1", "--sites", "last:1"), ["lora"]),
         (("--method", "prompt"), []),
-        (("--method", "adapter", "--width", 4, "--method", "bitfit"), ["adapter", "bitfit"]),
+        (("--method", "adapter", "--width", 4, "--method", "bitfit"), ["bitfit", "adapter"]),
     ],
 )
 def test_train_takes_other_methods(run, folder, data, tmp_path, how, methods):
