@@ -43,6 +43,7 @@ def run(
     drain: Annotated[float, Option(min=1, help="Seconds that running answers may take after SIGTERM.", rich_help_panel=_LIMITS)] = 30.0,
     api_keys: Annotated[Path | None, Option(help="File of keys, one a line; also FOREWORD_API_KEYS, with commas. None: anybody may ask.", rich_help_panel=_KEYS)] = None,
     admin_keys: Annotated[Path | None, Option(help="File of keys to load and unload tasks; also FOREWORD_ADMIN_KEYS. None: nobody may.", rich_help_panel=_KEYS)] = None,
+    playground: Annotated[bool, Option("--playground/--no-playground", help="A page to try the tasks on, at /.")] = True,
     log_prompts: Annotated[bool, Option("--log-prompts", help="Write prompts into the log.", rich_help_panel=_KEYS)] = False,
     dtype: Annotated[str | None, Option(help="float32, bfloat16, …", rich_help_panel=_MODEL)] = None,
     attn: Annotated[str | None, Option(help="Attention implementation.", rich_help_panel=_MODEL)] = None,
@@ -85,7 +86,7 @@ def run(
     settings = Settings(
         base, keys, admin, shelf, tasks=max_tasks, prompts=max_prompts, n=min(max_n, rows), chat_tokens=chat_tokens,
         body_bytes=max_body, body_seconds=idle_timeout, write_seconds=idle_timeout, seconds=timeout,
-        log_prompts=log_prompts, force=force, folders={task: task for task in lying},
+        log_prompts=log_prompts, force=force, folders={task: task for task in lying}, playground=playground,
     )  # fmt: skip
     if not len(keys) and host not in ("127.0.0.1", "::1", "localhost"):
         logs.event("no API key is set: whoever reaches this port may ask", level=logging.WARNING)

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 import foreword
 from foreword.errors import ForewordError
 from foreword.serve.engine import Engine
-from foreword.serve.http import admin, chat, completions, listing
+from foreword.serve.http import admin, chat, completions, listing, playground, shares
 from foreword.serve.http.errors import EXAMPLE, on_foreword_error, on_http_error, on_invalid
 from foreword.serve.http.guard import Guard
 from foreword.serve.http.schemas import Error
@@ -38,8 +38,10 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     )
     service = Service(engine, settings)
     app.state.service = service
-    for router in (completions.router, chat.router, listing.router, admin.router):
+    for router in (completions.router, chat.router, shares.router, listing.router, admin.router):
         app.include_router(router)
+    if settings.playground:
+        app.include_router(playground.create_router())
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ForewordError, on_foreword_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

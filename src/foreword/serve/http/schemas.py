@@ -121,6 +121,15 @@ class TextFormat(_Body):
     type: Literal["text"]
 
 
+class SharesRequest(_Body):
+    model: str = Field(min_length=1, max_length=256, description="A task, or the base model: see /v1/models.")
+    prompt: str | None = Field(None, description="A text; or give messages.")
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    answer: str = Field("", description="What came after it.")
+    strength: float = Field(1.0, ge=0, le=100, description="Weight of the task's prefix: 1 as trained, 0 none.")
+    columns: int = Field(64, ge=1, le=1024, description="Parts of the text, at most, that means are given for.")
+
+
 # ---------------------------------------------------------------- what comes back (for the specification)
 
 
@@ -199,6 +208,26 @@ class Model(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"]
     data: list[Model]
+
+
+class LayerShare(BaseModel):
+    site: str = Field(description="The attention call's name in the model.")
+    share: list[float | None] = Field(
+        description="Of each column: what the virtual tokens get of the attention, 0 to 1, as a mean over heads and "
+        "tokens; null where a gate keeps them out of the softmax."
+    )
+    mean: float | None = Field(description="Over all tokens.")
+
+
+class Shares(BaseModel):
+    object: Literal["foreword.shares"]
+    model: str
+    strength: float
+    virtual_tokens: int
+    prompt_tokens: int
+    tokens: int = Field(description="Of the prompt and the answer.")
+    edges: list[int] = Field(description="The first token of each column, and the end of the last.")
+    layers: list[LayerShare] = Field(description="In the model's order; only those that read virtual tokens.")
 
 
 class Task(BaseModel):

@@ -46,6 +46,7 @@ class Settings:
         log_prompts: write prompts into the log.
         force: accept prefixes of a base model with other weights at run time.
         folders: on the shelf, of the tasks that were loaded from there to begin with.
+        playground: serve the page at ``/``.
     """
 
     base: str
@@ -63,6 +64,7 @@ class Settings:
     log_prompts: bool = False
     force: bool = False
     folders: Mapping[str, str] = field(default_factory=dict)
+    playground: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,14 @@ class Source:
 
     folder: str | None
     loaded: int
+
+
+@dataclass(slots=True)
+class Turns:
+    """For what is done one at a time, and how many are at it or wait."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: int = 0
 
 
 class Service:
@@ -83,6 +93,7 @@ class Service:
         self.began = int(time.time())
         self.sources = {n: Source(settings.folders.get(n), self.began) for n in self.library.names}
         self.changing = asyncio.Lock()
+        self.measuring = Turns()
         self._encoding = threading.Lock()  # a tokenizer's settings are no one thread's own
         self._bridge: Bridge | None = None
 
