@@ -60,9 +60,9 @@ def test_the_wheel_holds_every_file(wheel):
     sources = {
         str(p.relative_to(ROOT / "src"))
         for p in (ROOT / "src" / "foreword").rglob("*")
-        if p.suffix in (".py", ".typed")
+        if p.suffix in (".py", ".typed", ".html", ".css", ".js", ".svg")
     }
-    assert held == sources and "foreword/py.typed" in held
+    assert held == sources and {"foreword/py.typed", "foreword/serve/http/page/index.html"} <= held
 
 
 @pytest.mark.slow

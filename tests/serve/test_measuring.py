@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from itertools import pairwise
 
 import engines
 import httpx
@@ -102,12 +103,12 @@ def test_the_answer_has_means_of_columns(server):
         assert (got["prompt_tokens"], got["tokens"], got["virtual_tokens"]) == (len(prompt), length, 6)
         edges = got["edges"]
         assert len(edges) == min(columns, length) + 1 and edges[0] == 0 and edges[-1] == length
-        widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        widths = [b - a for a, b in pairwise(edges)]
         assert max(widths) - min(widths) <= 1 <= min(widths)
         assert [layer["site"] for layer in got["layers"]] == list(want)
         for layer in got["layers"]:
             share = want[layer["site"]]
-            means = [float(share[a:b].mean()) for a, b in zip(edges, edges[1:], strict=False)]
+            means = [float(share[a:b].mean()) for a, b in pairwise(edges)]
             assert layer["share"] == pytest.approx(means, abs=1e-5)
             assert layer["mean"] == pytest.approx(float(share.mean()), abs=1e-5)
 
@@ -176,7 +177,9 @@ def test_few_wait_late_ones_are_told_and_who_leaves_is_forgotten():
         turns = running.service.measuring
         body = json.dumps({"model": "long", "prompt": TEXT, "answer": ANSWER}).encode()
         client = socket.create_connection(("127.0.0.1", running.port), timeout=20)
-        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         client.sendall(head.encode() + body)
         wait_for(lambda: turns.waiting == 1)
         full = post(running)

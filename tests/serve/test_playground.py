@@ -1,4 +1,4 @@
-"""The page at ``/`` in a real Chromium: what people do there, with the keyboard only, on telephones, against mischief."""
+"""The page at ``/`` in a real Chromium: what people do there, with keys only, on telephones, against mischief."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytest.importorskip("playwright", reason="playwright is not installed: pip insta
 if browsers.chromium() is None:
     pytest.skip("no Chromium here: apt-get install chromium, or name one in CHROMIUM", allow_module_level=True)
 
-from playwright.sync_api import expect  # noqa: E402
+from playwright.sync_api import expect
 
 TOKENIZER = zoo.tokenizer()
 TEXT = "The film is"
@@ -235,7 +235,8 @@ def test_the_keyboard_is_enough(server, visit):
         keys.press("Tab")
     keys.press("ArrowDown")
     keys.press("End")
-    expect(column(page, "middle").locator(".readout")).to_have_text(re.compile(r"^layer 1, tokens? .* \(answer\): .* %$"))
+    readout = re.compile(r"^layer 1, tokens? .* \(answer\): .* %$")
+    expect(column(page, "middle").locator(".readout")).to_have_text(readout)
 
 
 def test_the_heat_map_is_the_numbers(server, visit):
@@ -335,7 +336,8 @@ def test_the_page_allows_nothing_from_elsewhere(server, visit):
 
 def test_without_a_playground_there_is_no_page():
     with serving(playground=False) as running:
-        assert [httpx.get(running.url + p).status_code for p in ("/", "/playground/app.js", "/healthz")] == [404, 404, 200]
+        paths = ("/", "/playground/app.js", "/healthz")
+        assert [httpx.get(running.url + path).status_code for path in paths] == [404, 404, 200]
 
 
 # ---------------------------------------------------------------- what goes wrong

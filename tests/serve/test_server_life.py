@@ -298,6 +298,7 @@ def test_the_command_serves_and_drains_on_sigterm(folders):
     with Process(*options, environment={"FOREWORD_API_KEYS": KEY}) as running:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0)
         assert [m.id for m in client.models.list()] == ["base", "long", "middle", "short"]
+        assert "text/html" in httpx.get(running.url).headers["content-type"]
         got = client.completions.create(model="long", prompt=secret, max_tokens=8, temperature=0)
         assert got.choices[0].text == TOKENIZER.decode(
             alone(held, TOKENIZER(secret)["input_ids"], "long", 8), skip_special_tokens=True
@@ -367,7 +368,8 @@ def test_prompts_are_logged_when_that_is_asked_for_and_bad_prefixes_are_left_out
     fw.Prefix.from_tensors(gpt2, zoo.random_prefix(gpt2, fw.sites(gpt2))).save(tmp_path / "prefixes" / "foreign")
     prefix = f"good={folders / 'prefixes' / 'long'}"
     options = ["--model", folders / "model", "--prefix", prefix, "--prefix-dir", tmp_path / "prefixes", "--log-prompts"]
-    with Process(*options) as running:
+    with Process(*options, "--no-playground") as running:
+        assert httpx.get(running.url).status_code == 404
         models = [m["id"] for m in httpx.get(f"{running.url}/v1/models").json()["data"]]
         assert models == ["model", "good"]
         body = {"model": "good", "prompt": "The film", "max_tokens": 2}

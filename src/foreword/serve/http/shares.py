@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -105,5 +106,5 @@ def _edges(tokens: int, columns: int) -> list[int]:
 
 def _means(share: Tensor, edges: list[int]) -> list[float | None]:
     """Of each column; None where there is no share (a gate keeps the softmaxes apart)."""
-    means = (float(share[a:b].mean()) for a, b in zip(edges, edges[1:], strict=False))
+    means = (float(share[a:b].mean()) for a, b in pairwise(edges))
     return [round(m, 6) if m == m else None for m in means]
