@@ -39,12 +39,9 @@ export class Column {
       }
     }
     this.element.querySelector(".text").setAttribute("aria-busy", "false");
-    if (this.model.parent === null) {
-      this.#none("The base model reads no prefix.");
-    } else if (!problem) {
-      this.#drawn({ model: this.model.id, ...what, answer: this.written.data, strength, columns: COLUMNS }, later);
-    }
-    return problem;
+    if (problem) return problem;
+    if (this.model.parent === null) this.#none("The base model reads no prefix.");
+    else this.#drawn({ model: this.model.id, ...what, answer: this.written.data, strength, columns: COLUMNS }, later);
   }
 
   async #follow(events) {
@@ -103,7 +100,7 @@ export class Column {
     const figure = this.element.querySelector(".shares");
     figure.classList.add("none");
     figure.querySelector("figcaption").textContent = why;
-    figure.querySelector(".plot").hidden = figure.querySelector(".under").hidden = true;
+    figure.querySelector(".plot").hidden = true;
     figure.hidden = false;
   }
 

@@ -20,7 +20,7 @@ export function draw(figure, told) {
   figure.querySelector("figcaption").textContent = said;
   figure.querySelector(".top").textContent = "layer 0";
   figure.querySelector(".bottom").textContent = height > 1 ? `layer ${height - 1}` : "";
-  figure.querySelector(".along").textContent = prompt < width ? "text, dashed where the answer begins" : "text";
+  figure.querySelector(".along").textContent = prompt < width ? "Left to right: the text. Dashed: the answer begins." : "Left to right: the text.";
   svg.setAttribute("aria-label", `${said} Arrow keys read it cell by cell.`);
   read(figure, svg, cursor, told);
   figure.hidden = false;
