@@ -61,8 +61,8 @@ def run(
     from foreword.compare.budget import Budget, parse_factors
     from foreword.compare.comparison import Comparison
     from foreword.compare.folder import Folder
-    from foreword.compare.one import Settings
     from foreword.compare.plan import Plan
+    from foreword.compare.settings import Settings
 
     allowed, factors = Budget.parse(budget), parse_factors(rates)
     if out is not None and not dry_run:
@@ -136,7 +136,7 @@ def _rows(preset: str | None, data: Any, methods: list[str], lengths: list[int],
         return make_rows(methods or USUAL, lengths or [20], data)
     from foreword.compare import process
 
-    layers = process.call("one:layers", settings) if preset == "layers" else 0
+    layers = process.call("probing:layers", settings) if preset == "layers" else 0
     return preset_rows(preset, data, methods=methods, lengths=lengths, layers=layers)
 
 

@@ -6,10 +6,10 @@ leaves ``results.json``, a report and plots in a folder.
 
 from .budget import Budget
 from .comparison import Comparison, Outcome, Watcher
-from .one import Settings
 from .plan import Plan, Run
 from .presets import PRESETS, preset_rows
 from .rows import METHODS, Row, make_rows
+from .settings import Settings
 from .tasks import Limits, TaskData, load_task
 
 __all__ = [

@@ -3,6 +3,7 @@
 import contextlib
 
 import foreword.compare.one
+import foreword.compare.probing
 import foreword.train.trainer
 
 with contextlib.suppress(ImportError):

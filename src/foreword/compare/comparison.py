@@ -10,8 +10,8 @@ from typing import Any
 
 from foreword.compare import process
 from foreword.compare.folder import Folder
-from foreword.compare.one import Settings
 from foreword.compare.plan import Plan, Result, Run
+from foreword.compare.settings import Settings
 from foreword.compare.tasks import TaskData
 
 Facts = dict[str, Any]
@@ -57,7 +57,7 @@ class Comparison:
         """What all runs have in common, and makes them comparable.
 
         Args:
-            about: what :func:`foreword.compare.one.probe` found.
+            about: what :func:`foreword.compare.probing.probe` found.
         """
         plan = self.plan
         return {
@@ -70,7 +70,7 @@ class Comparison:
         """What the model is. Raises what is wrong with data, metrics or methods, before anything is trained."""
         watcher = watcher or Watcher()
         found: dict[str, Any] = process.call(
-            "one:probe", self.settings, self.task, self.plan,
+            "probing:probe", self.settings, self.task, self.plan,
             tell=lambda told: watcher.checking(str(told.get("checking", ""))),
         )  # fmt: skip
         return found

@@ -24,7 +24,7 @@ def estimate(comparison: Comparison, told: Callable[[str], None] | None = None) 
     """
     settings, task, plan = comparison.settings, comparison.task, comparison.plan
     steps: dict[str, float] = process.call(
-        "one:time_steps", settings, task, list(plan.rows), plan.seeds[0],
+        "probing:time_steps", settings, task, list(plan.rows), plan.seeds[0],
         tell=lambda what: told(str(what["checking"])) if told is not None else None,
     )  # fmt: skip
     writing = steps.pop("", 0.0) * sum(len(part) for part in task.tests.values())
@@ -43,17 +43,17 @@ def estimate(comparison: Comparison, told: Callable[[str], None] | None = None) 
             return _LOADING + training(run) + looks
         return _LOADING + training(run) + looks * (settings.looks + 1 if run.row is not None else 1) + tested
 
-    lines = []
+    lines: list[dict[str, Any]] = []
+    for run in plan.runs({}, {}):
+        if run.row is None:
+            own = {"label": run.label, "runs": 1, "seconds_a_step": None, "training_seconds": 0.0}
+            lines.append({**own, "seconds": seconds(run)})
     for row in plan.rows:
         runs = [*plan.trials(row), *(plan.final(row, seed, 1.0) for seed in plan.seeds)]
         lines.append({
             "label": row.label, "runs": len(runs), "seconds_a_step": steps[row.label],
             "seconds": sum(map(seconds, runs)), "training_seconds": sum(map(training, runs)),
         })  # fmt: skip
-    for run in plan.runs({}, {}):
-        if run.row is None:
-            own = {"label": run.label, "runs": 1, "seconds_a_step": None, "training_seconds": 0.0}
-            lines.insert(0, {**own, "seconds": seconds(run)})
     return {
         "runs": len(plan), "seconds": sum(line["seconds"] for line in lines),
         "training_seconds": sum(line["training_seconds"] for line in lines), "lines": lines,

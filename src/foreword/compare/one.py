@@ -7,177 +7,35 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from foreword.compare.budget import Budget
+from foreword.compare.examples import attached, encoded, first_references, given, tasks_of
 from foreword.compare.measure import forget_peak, resident, speed
-from foreword.compare.plan import Plan, Run
-from foreword.compare.rows import Row
+from foreword.compare.plan import Run
+from foreword.compare.settings import Settings
 from foreword.compare.tasks import Records, TaskData
 from foreword.compare.training import Tell, subset, train
-from foreword.data import Collator, EncodedDataset, encode, read_examples
-from foreword.errors import ConfigError, DataError
+from foreword.data import Collator
+from foreword.errors import DataError
 from foreword.evaluate._counts import Counts, Numbers
 from foreword.evaluate.bootstrap import interval
-from foreword.evaluate.examples import Task, read_tasks
-from foreword.evaluate.metrics import check, count
+from foreword.evaluate.examples import Task
+from foreword.evaluate.metrics import count
 from foreword.evaluate.predict import predict
 from foreword.evaluate.run import finite
 from foreword.losses import example_losses, supervised_tokens
-from foreword.models import load_model
 from foreword.prefix import Prefix
 from foreword.tuning import attach
 
 RESULT, PREDICTIONS, PREFIX = "result.json", "predictions.jsonl", "prefix"
 KEPT_BYTES = 64 * 2**20  # a larger prefix (full fine-tuning) is not kept
 _SPEED_PROMPTS = 4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all runs have in common.
-
-    Attributes:
-        model, dtype, attn: as for ``fw.load_model``.
-        looks: validations of a run.
-        intervals: bootstrap resamples.
-    """
-
-    model: str
-    dtype: str | None = None
-    attn: str | None = None
-    batch_size: int = 8
-    looks: int = 8
-    intervals: int = 1000
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("looks", 1), ("intervals", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ConfigError(f"{name}={value}; expected {least} or more")
-
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_model(self.model, dtype=self.dtype, attn=self.attn)
-
-    def to_json(self) -> dict[str, Any]:
-        """What the results depend on; the model goes by its weights."""
-        return {"batch_size": self.batch_size, "looks": self.looks, "intervals": self.intervals}
-
-
-# ---------------------------------------------------------------- before anything is trained
-
-
-def probe(settings: Settings, task: TaskData, plan: Plan, tell: Tell) -> dict[str, Any]:
-    """Find what is wrong with data, metrics and methods; say what the model is.
-
-    Returns:
-        ``model``: a digest, its name and dtype; ``parameters``; ``layers``: attention sites; ``machine``.
-
-    Raises:
-        ConfigError, DataError, MissingPartError: what cannot be compared, and why.
-    """
-    from foreword.train._same import model_digest
-
-    model, tokenizer = settings.load()
-    for name, records in task.tests.items():
-        tasks = _tasks(records)
-        check_metrics(task.metrics, tasks, settings.model)
-        _encoded(_first_references(name, tasks), tokenizer, model, task.max_length)
-    for records in (task.train, task.valid):
-        _encoded(records, tokenizer, model, task.max_length)
-    for row in plan.rows:
-        if row.examples is not None and row.examples > len(task.train):
-            raise ConfigError(
-                f"{row.label}: {row.examples} examples are to be drawn, and task {task.name} has {len(task.train)}"
-            )
-        tell({"checking": row.label})
-        try:
-            attach(model, row.at(1.0, plan.seeds[0]), tokenizer=tokenizer).detach()
-        except ConfigError as exc:
-            raise ConfigError(f"{row.label}: {exc}") from exc
-    return {
-        "model": {"name": model_name(model), "weights": model_digest(model), "dtype": str(model.dtype)},
-        "parameters": sum(p.numel() for p in model.parameters()), "machine": machine(),
-    }  # fmt: skip
-
-
-def layers(settings: Settings, tell: Tell) -> int:
-    """How many attention sites the model has, of the kind that it has most of."""
-    from collections import Counter
-
-    from foreword.sites import sites
-
-    model, _ = settings.load()
-    return max(Counter(site.kind for site in sites(model)).values())
-
-
-def check_metrics(metrics: Sequence[str], tasks: Sequence[Task], model: str) -> None:
-    """Whether they can be computed for these examples; raises as ``foreword.evaluate.score``."""
-    if metrics:
-        check(metrics, size=len(tasks), **_given(tasks), model=model, tokenizer=model)
-
-
-def model_name(model: PreTrainedModel) -> str:
-    from foreword.fingerprint import Fingerprint
-
-    return Fingerprint.of(model).base_model
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import torch
-    import transformers
-
-    import foreword
-
-    return {
-        "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "torch": torch.__version__, "transformers": transformers.__version__, "foreword": foreword.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
-
-
-def time_steps(settings: Settings, task: TaskData, rows: Sequence[Row], seed: int, tell: Tell) -> dict[str, float]:
-    """Seconds of a step of each line, once it is warm, and of writing for one test example (``""``)."""
-    from tempfile import TemporaryDirectory
-
-    model, tokenizer = settings.load()
-    found: dict[str, float] = {}
-    data = _encoded(subset(task.train, settings.batch_size * 2, seed), tokenizer, model, task.max_length)
-    collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
-    for row in rows:
-        tell({"checking": row.label})
-        tuning = attach(model, row.at(1.0, seed), tokenizer=tokenizer)
-        seconds: list[float] = []
-        try:
-            with TemporaryDirectory() as work:
-                for steps in (1, 2):
-                    watch, _, _ = train(
-                        model, data, data, collator, Path(work), budget=Budget(steps=steps), seed=seed, looks=1,
-                        batch_size=settings.batch_size, tell=lambda told: None,
-                    )  # fmt: skip
-                    seconds.append(watch.seconds)
-        finally:
-            tuning.detach()
-        found[row.label] = seconds[1] / 2
-    if task.metrics:
-        tasks = _tasks(next(iter(task.tests.values())))[: settings.batch_size]
-        began = time.perf_counter()
-        predict(model, tokenizer, [t.prompt for t in tasks], settings=task.decoding, batch_size=settings.batch_size)
-        found[""] = (time.perf_counter() - began) / len(tasks)
-    return found
-
-
-# ---------------------------------------------------------------- a run
 
 
 def execute(settings: Settings, task: TaskData, run: Run, work: Path, tell: Tell) -> dict[str, Any]:
@@ -188,6 +46,8 @@ def execute(settings: Settings, task: TaskData, run: Run, work: Path, tell: Tell
     """
     work.mkdir(parents=True)
     began = time.perf_counter()
+    if run.kind == "final":
+        _warm(work / "training")
     forget_peak()
     before = resident()
     model, tokenizer = settings.load()
@@ -214,11 +74,30 @@ def execute(settings: Settings, task: TaskData, run: Run, work: Path, tell: Tell
         if run.timed and prefix is not None and all(r.get("input", "").strip() for r in task.valid[:_SPEED_PROMPTS]):
             tell({"testing": "speed"})
             prompts = [r["input"] for r in task.valid[:_SPEED_PROMPTS]]
-            measured["speed"] = speed(model, tokenizer, lambda: _attached(model, prefix), prompts)
+            measured["speed"] = speed(model, tokenizer, lambda: attached(model, prefix), prompts)
     measured["seconds"] = time.perf_counter() - began
     result["measured"] = measured
     _write(work / RESULT, json.dumps(finite(result), ensure_ascii=False, indent=1) + "\n")
     return dict(finite(result))
+
+
+def _warm(work: Path) -> None:
+    """Train a model of a few numbers, so that what Python and the libraries load for that is there before."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from foreword.compare.budget import Budget
+    from foreword.config import PrefixConfig
+    from foreword.data.encoded import EncodedDataset, EncodeStats
+
+    size: dict[str, Any] = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2)).eval()
+    data = EncodedDataset([[5] * 4], [[5] * 4], EncodeStats(1, 0, 0, 4, 3, 4))
+    attach(model, PrefixConfig(length=1, init="random"))
+    train(
+        model, data, data, Collator(0), work, budget=Budget(steps=1), batch_size=1, seed=0, looks=1,
+        tell=lambda told: None,
+    )  # fmt: skip
+    _remove(work)
 
 
 def _trained(
@@ -229,7 +108,8 @@ def _trained(
     assert run.row is not None and run.budget is not None
     base = sum(p.numel() for p in model.parameters())
     drawn = subset(task.train, run.row.examples, run.seed)
-    data, valid = (_encoded(part, tokenizer, model, task.max_length) for part in (drawn, task.valid))
+    valid_part = first_references("valid", tasks_of(task.valid))
+    data, valid = (encoded(part, tokenizer, model, task.max_length) for part in (drawn, valid_part))
     collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
     set_seed(run.seed)
     tuning = attach(model, run.row.at(run.factor, run.seed), tokenizer=tokenizer)
@@ -263,9 +143,9 @@ def _trained(
 def _valid_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: TaskData, prefix: Prefix | None
 ) -> float:
-    data = _encoded(task.valid, tokenizer, model, task.max_length)
+    data = encoded(first_references("valid", tasks_of(task.valid)), tokenizer, model, task.max_length)
     collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
-    with _attached(model, prefix):
+    with attached(model, prefix):
         losses = example_losses(model, data, collator)
     return math.fsum(losses) / max(1, sum(supervised_tokens(data, seq2seq=collator.seq2seq)))
 
@@ -275,11 +155,11 @@ def _tested(
     tokenizer: PreTrainedTokenizerBase, prefix: Prefix | None, work: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Likelihood of the first references, and the metrics of what is written, each with its interval."""
-    tasks = _tasks(records)
-    data = _encoded(_first_references(name, tasks), tokenizer, model, task.max_length)
+    tasks = tasks_of(records)
+    data = encoded(first_references(name, tasks), tokenizer, model, task.max_length)
     collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
     texts: list[str] | None = None
-    with _attached(model, prefix):
+    with attached(model, prefix):
         losses = example_losses(model, data, collator, batch_size=16)
         if task.metrics:
             prompts = [t.prompt for t in tasks]
@@ -313,7 +193,7 @@ def _counted(
     found: dict[str, Counts] = {}
     for metric in metrics:
         try:
-            found |= count(texts, metrics=[metric], **_given(tasks), **tools)
+            found |= count(texts, metrics=[metric], **given(tasks), **tools)
         except DataError as exc:
             found[metric] = Counts(np.zeros((len(texts), 1)), lambda _: math.nan, note=str(exc), resamples=False)
     return found
@@ -332,48 +212,7 @@ def _exp(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
-# ---------------------------------------------------------------- examples and files
-
-
-def _tasks(records: Records) -> list[Task]:
-    return read_tasks(records)
-
-
-def _given(tasks: Sequence[Task]) -> dict[str, Any]:
-    """What metrics take: each where all examples have it."""
-    return {
-        "references": [t.references for t in tasks] if all(t.references for t in tasks) else None,
-        "inputs": [t.input for t in tasks] if all(t.input for t in tasks) else None,
-        "labels": [t.label or "" for t in tasks] if all(t.label is not None for t in tasks) else None,
-    }
-
-
-def _first_references(name: str, tasks: Sequence[Task]) -> Records:
-    """Each test example with the first of its references, whose likelihood is asked for."""
-    for place, task in enumerate(tasks):
-        if not task.references:
-            raise DataError(f"{name} example {place} has no references (or output); a comparison needs one")
-    return [{"input": t.input, "output": t.references[0]} for t in tasks]
-
-
-def _encoded(
-    records: Records, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
-) -> EncodedDataset:
-    return encode(
-        read_examples(records), tokenizer, max_length=max_length, seq2seq=bool(model.config.is_encoder_decoder)
-    )
-
-
-@contextmanager
-def _attached(model: PreTrainedModel, prefix: Prefix | None) -> Iterator[None]:
-    if prefix is None:
-        yield
-        return
-    tuning = attach(model, prefix)
-    try:
-        yield
-    finally:
-        tuning.detach()
+# ---------------------------------------------------------------- files
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -120,6 +121,10 @@ def _child(pipe: Connection, function: str, arguments: tuple[Any, ...]) -> None:
     except ForewordError as exc:
         _send(pipe, ("error", _nearest(exc), (str(exc),), ""))
     except Exception as exc:
+        if full := re.search(r"\(os error (\d+)\)", str(exc)):  # safetensors' word for the system's errors
+            code = int(full[1])
+            _send(pipe, ("error", "OSError", (code, os.strerror(code)), ""))
+            return
         _send(pipe, ("error", type(exc).__name__, (str(exc),), traceback.format_exc(limit=-4)))
 
 

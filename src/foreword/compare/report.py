@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from foreword._begun import write_whole
+from foreword.compare.literature import CAUTION, LITERATURE, Reported
 from foreword.compare.plan import Plan
 from foreword.compare.plots import NAMES, draw
 from foreword.compare.tasks import TaskData
@@ -43,13 +44,13 @@ def _parts(task: TaskData, plan: Plan, record: Mapping[str, Any], texts: Cells) 
     lines = record["rows"]
     parts: list[Part] = [
         ("", _about(task, plan, record), []),
-        ("Quality", _quality_notes(lines), [(name, quality(lines, name)) for name in task.tests]),
+        ("Quality", _quality_notes(lines), _quality_tables(task, lines)),
         ("Cost", _cost_notes(plan), [("", cost(lines))]),
     ]
     if any(line["search"] for line in lines):
         parts.append(("Learning rates", _rate_notes(plan, lines), [("", rates(lines))]))
-    if record.get("literature"):
-        parts += record["literature"]
+    if reported := LITERATURE.get(record["preset"] or ""):
+        parts.append(_reported(reported))
     if len(texts) > 1:
         parts.append(("What they write", [f"The first {_SHOWN} test examples, the first seed."], [("", texts)]))
     return parts
@@ -73,6 +74,16 @@ def _about(task: TaskData, plan: Plan, record: Mapping[str, Any]) -> list[str]:
         found.append(f"Not finished: {record['missing_runs']} runs are still to be done (--resume).")
     found += [f"Failed, and left out: {message}" for message in record["failed"]]
     return found
+
+
+def _quality_tables(task: TaskData, lines: Sequence[Line]) -> list[tuple[str, Cells]]:
+    return [(name if len(task.tests) > 1 else "", quality(lines, name)) for name in task.tests]
+
+
+def _reported(found: Sequence[Reported]) -> Part:
+    said = [f"{r.where}; {r.setting}: {r.said}." for r in found if r.said]
+    tables = [(f"{r.where}; {r.setting}", [list(row) for row in r.cells]) for r in found if r.cells]
+    return "What the literature reports", [CAUTION, *said], tables
 
 
 def _quality_notes(lines: Sequence[Line]) -> list[str]:
@@ -192,7 +203,7 @@ def _markdown(parts: Sequence[Part], pictures: Mapping[str, Sequence[Path]]) -> 
         blocks += [f"## {heading}"] if heading else []
         blocks += paragraphs
         for title, cells in tables:
-            blocks += [f"**{title}**"] if title and len(tables) > 1 else []
+            blocks += [f"**{title}**"] if title else []
             blocks.append(_markdown_table(cells))
     for name, files in pictures.items():
         blocks += [f"## {NAMES[name]}", f"![{NAMES[name]}]({PLOTS}/{files[0].name})"]
@@ -222,7 +233,7 @@ def _page(parts: Sequence[Part], pictures: Mapping[str, Sequence[Path]]) -> str:
         body += [f"<h2>{html.escape(heading)}</h2>"] if heading else []
         body += [f"<p>{html.escape(p)}</p>" for p in paragraphs]
         for title, cells in tables:
-            body += [f"<h3>{html.escape(title)}</h3>"] if title and len(tables) > 1 else []
+            body += [f"<h3>{html.escape(title)}</h3>"] if title else []
             body.append(_html_table(cells, "texts" if heading in ("What they write", "Learning rates") else ""))
     for name, files in pictures.items():
         body += [f"<h2>{html.escape(NAMES[name])}</h2>", _inline(next(f for f in files if f.suffix == ".svg"), name)]
