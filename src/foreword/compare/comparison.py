@@ -61,7 +61,8 @@ class Comparison:
         """
         plan = self.plan
         return {
-            "model": about["model"], "task": self.task.facts(), "budget": plan.budget.to_json(),
+            "model": {k: about["model"][k] for k in ("weights", "dtype")},  # not where it was loaded from
+            "task": self.task.facts(), "budget": plan.budget.to_json(),
             "learning rates": {"of the usual": list(plan.factors), "share of the budget": plan.share},
             **self.settings.to_json(),
         }  # fmt: skip
@@ -92,7 +93,12 @@ class Comparison:
         facts = self.facts(about)
         with folder.locked():
             # How it was asked for may change from call to call: more lines, more seeds.
-            told = {"preset": self.preset, "machine": about["machine"], "parameters": about["parameters"]}
+            told = {
+                "preset": self.preset,
+                "model": about["model"]["name"],
+                "machine": about["machine"],
+                "parameters": about["parameters"],
+            }
             folder.begin(facts, told, resume=resume)
             failed: dict[str, str] = {}
             try:

@@ -64,7 +64,7 @@ def _about(task: TaskData, plan: Plan, record: Mapping[str, Any]) -> list[str]:
     sizes = ", ".join(f"{part['examples']} {name}" for name, part in data.items())
     found = [
         f"Task {task.name}{preset}: {sizes} examples. {task.note}".rstrip(),
-        f"Base model {facts['model']['name']} ({about['parameters']:,} parameters, {facts['model']['dtype']}). Budget "
+        f"Base model {about['model']['name']} ({about['parameters']:,} parameters, {facts['model']['dtype']}). Budget "
         f"of a line: {plan.budget.describe()}, batches of {facts['batch_size']}, seeds "
         f"{', '.join(map(str, plan.seeds))}. Every line of a seed sees the same examples in the same order.",
         f"Measured on {machine['accelerator'] or machine['cpu']}, {machine['threads']} threads, torch "

@@ -105,10 +105,13 @@ class Watch(TrainerCallback):
         self._begun = 0.0
         self._looked = 0
 
-    @property
-    def done(self) -> float:
-        """The share of the seconds that is over."""
-        return min(1.0, self.seconds / (self.budget.seconds or math.inf))
+    def done(self, now: float = 0.0) -> float:
+        """The share of the seconds that is over, with so many more of the present step."""
+        return min(1.0, (self.seconds + now) / (self.budget.seconds or math.inf))
+
+    def clock(self) -> float:
+        """The same in the middle of a step."""
+        return self.done(time.perf_counter() - self._begun)
 
     def look(self, step: int) -> None:
         """Validate; what that takes counts for neither time nor memory."""
@@ -132,7 +135,7 @@ class Watch(TrainerCallback):
         self.seconds += time.perf_counter() - self._begun
         peak = resident("VmHWM")
         self.peak = peak if self.peak is None or peak is None else max(self.peak, peak)
-        done = self.done if self.budget.steps is None else state.global_step / self.budget.steps
+        done = self.done() if self.budget.steps is None else state.global_step / self.budget.steps
         self.tell({"step": state.global_step, "done": done})
         if done >= (self._looked + 1) / self.looks:
             self._looked = math.floor(done * self.looks + 1e-9)
@@ -189,7 +192,7 @@ def train(
 
     watch, message = Watch(budget, looks, loss, tell), ""
     if budget.steps is None:
-        trainer.clock = lambda: watch.done
+        trainer.clock = watch.clock
     trainer.add_callback(watch)
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
