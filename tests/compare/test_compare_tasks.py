@@ -151,6 +151,7 @@ def test_a_slot_is_left_out_of_training(tmp_path):
     task = without_slot(load_task("e2e", data_dir=e2e_folder(tmp_path, "jsonl")), "food")
     assert not any("food[" in r["input"] for r in [*task.train, *task.valid, *task.tests["without food"]])
     assert all("food[" in r["input"] for r in task.tests["with food"]) and task.tests["with food"]
+    assert len(without_slot(load_task("e2e", data_dir=tmp_path), "food", Limits(2, 1, 1)).train) == 2
     with pytest.raises(ConfigError, match="leaving out the slot 'colour'"):
         without_slot(load_task("e2e", data_dir=tmp_path), "colour")
 

@@ -29,7 +29,7 @@ def run(
     rates: Annotated[str, Option(help="Learning rates to choose among, as multiples of each method's usual one; 1: that one.", rich_help_panel=_BUDGET)] = "0.3,1,3",
     rate_share: Annotated[float, Option(help="Share of the budget for choosing.", rich_help_panel=_BUDGET)] = 0.25,
     data_dir: Annotated[Path | None, Option(help="Folder of the E2E data.", rich_help_panel=_TASK)] = None,
-    without: Annotated[str | None, Option(help="Slot of E2E's tables that preset extrapolation leaves out of training.", rich_help_panel=_TASK, show_default="food")] = None,
+    without: Annotated[str | None, Option(help="Slot of E2E's tables that preset extrapolation leaves out of training.", rich_help_panel=_TASK, show_default="area")] = None,
     metrics: Annotated[str | None, Option(help="With commas, instead of the task's; none: likelihood only.", rich_help_panel=_TASK, show_default="the task's")] = None,
     init: Annotated[str | None, Option(help="Text about the task, which prefixes and prompts start from.", rich_help_panel=_TASK, show_default="the task's")] = None,
     max_length: Annotated[int | None, Option(min=2, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_TASK, show_default="the task's")] = None,
@@ -117,7 +117,9 @@ def _task(
     from foreword.compare.tasks import Limits, load_task, other_reviews, without_slot
 
     name = name or (known_preset(preset).task if preset is not None else "reviews")
-    found = load_task(name, data_dir=data_dir, limits=Limits(**limits), changes=changes)
+    parted = preset == "extrapolation" and name != "reviews"  # then there are enough of each part
+    read = Limits(None, None, None) if parted else Limits(**limits)
+    found = load_task(name, data_dir=data_dir, limits=read, changes=changes)
     if without is not None and preset != "extrapolation":
         raise ConfigError("--without says what preset extrapolation leaves out; give --preset extrapolation")
     if preset != "extrapolation":
@@ -125,7 +127,7 @@ def _task(
     if name == "reviews":
         other = other_reviews(Limits(**limits))
         return replace(found, name=other.name, tests=other.tests, note=f"{found.note} {other.note}")
-    return without_slot(found, without or "food")
+    return without_slot(found, without or "area", Limits(**limits))
 
 
 def _rows(preset: str | None, data: Any, methods: list[str], lengths: list[int], settings: Any) -> Any:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
@@ -43,7 +43,8 @@ def call(function: str, *arguments: Any, tell: Callable[[Mapping[str, Any]], Non
     ours, theirs = context.Pipe()
     process = context.Process(target=_child, args=(theirs, function, arguments), daemon=True)
     try:
-        process.start()
+        with _no_ctrl_c():
+            process.start()
         theirs.close()
         return _answer(ours, process, tell or (lambda told: None))
     finally:
@@ -52,6 +53,19 @@ def call(function: str, *arguments: Any, tell: Callable[[Mapping[str, Any]], Non
             process.kill()
         process.join()
         process.close()
+
+
+@contextlib.contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """Ctrl-C waits while a process is made: half made, it could not be ended. Those made inside never see it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _context() -> Any:

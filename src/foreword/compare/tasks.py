@@ -262,8 +262,11 @@ def _shuffled(records: Records) -> Records:
     return records
 
 
-def without_slot(task: TaskData, slot: str) -> TaskData:
+def without_slot(task: TaskData, slot: str, limits: Limits | None = None) -> TaskData:
     """Train and validate on tables that lack a slot; test on those without and with it.
+
+    Args:
+        limits: the most examples of each part, after they were parted.
 
     Raises:
         ConfigError: the tables have no such slot, or all have it.
@@ -282,8 +285,10 @@ def without_slot(task: TaskData, slot: str) -> TaskData:
             f"leaving out the slot {slot!r} leaves {len(train)} tables to train on, {len(valid)} to validate, "
             f"{len(seen)} and {len(unseen)} to test on; expected some of each (slots are written as in the tables)"
         )
-    tests = {f"without {slot}": seen, f"with {slot}": unseen}
-    return replace(task, name=f"{task.name} without {slot}", train=train, valid=valid, tests=tests)
+    limits = limits or Limits(None, None, None)
+    tests = {f"without {slot}": seen[: limits.test], f"with {slot}": unseen[: limits.test]}
+    name = f"{task.name} without {slot}"
+    return replace(task, name=name, train=train[: limits.train], valid=valid[: limits.valid], tests=tests)
 
 
 def other_reviews(limits: Limits) -> TaskData:
