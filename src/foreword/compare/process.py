@@ -49,23 +49,30 @@ def call(function: str, *arguments: Any, tell: Callable[[Mapping[str, Any]], Non
         return _answer(ours, process, tell or (lambda told: None))
     finally:
         ours.close()
-        if process.is_alive():
-            process.kill()
-        process.join()
-        process.close()
+        if process.pid is not None:
+            if process.is_alive():
+                process.kill()
+            process.join()
+            process.close()
 
 
 @contextlib.contextmanager
 def _no_ctrl_c() -> Iterator[None]:
     """Ctrl-C waits while a process is made: half made, it could not be ended. Those made inside never see it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    asked: list[int] = []
+    # The mask is for the new processes; here another thread may get the signal, and the handler runs all the same.
+    handler = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _context() -> Any:
