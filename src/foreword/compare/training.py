@@ -104,6 +104,7 @@ class Watch(TrainerCallback):
         self.train: list[dict[str, float]] = []
         self._begun = 0.0
         self._looked = 0
+        self._fresh = False
 
     def done(self, now: float = 0.0) -> float:
         """The share of the seconds that is over, with so many more of the present step."""
@@ -117,14 +118,14 @@ class Watch(TrainerCallback):
         """Validate; what that takes counts for neither time nor memory."""
         self.curve.append({"step": step, "seconds": self.seconds, "loss": self.valid()})
         self.tell({"step": step, "valid": self.curve[-1]["loss"]})
-        forget_peak()
+        self._fresh = forget_peak()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.looks > 1:
             self.look(0)
-        forget_peak()
+        self._fresh = forget_peak()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,7 +134,8 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self._begun
-        peak = resident("VmHWM")
+        # Where the mark can't begin anew, it is that of loading or validating, which is not asked for.
+        peak = resident("VmHWM") if self._fresh else None
         self.peak = peak if self.peak is None or peak is None else max(self.peak, peak)
         done = self.done() if self.budget.steps is None else state.global_step / self.budget.steps
         self.tell({"step": state.global_step, "done": done})
