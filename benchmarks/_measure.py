@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -21,6 +22,18 @@ RESULTS = Path(__file__).parent / "results"
 Variant = Callable[[], AbstractContextManager[Callable[[], Any]]]
 
 
+def hold_memory() -> None:
+    """Give no freed memory back to the system (glibc), as a GPU's caching allocator doesn't either.
+
+    Otherwise each large tensor is mapped and cleared anew, page by page, or isn't, by how the heap happens to lie: a
+    difference of several percent that falls on any variant.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def plainly(run: Callable[[], Any]) -> Variant:
     """A variant that needs nothing set up."""
     return lambda: nullcontext(run)
@@ -35,7 +48,8 @@ def take_turns(variants: Mapping[str, Variant], *, rounds: int, warmup: int = 1)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warmup + rounds):
         order = list(variants.items())
-        if number % 2:  # so that none always runs after the same one
+        order = order[number % len(order) :] + order[: number % len(order)]
+        if number % 2:  # so that none always runs after the same one, or first
             order.reverse()
         for name, variant in order:
             with variant() as run:

@@ -263,13 +263,13 @@ def summary(runs: list[dict]) -> dict[str, dict[str, float]]:
     return found
 
 
-def paired(own: list[dict], other: list[dict]) -> dict[str, dict[str, float]]:
+def paired(own: list[dict], other: list[dict]) -> dict[str, dict[str, float | None]]:
     """How much lower the loss is than another start's on the same task, and the error of that mean."""
     found = {}
     for steps in map(str, BUDGETS):
         gains = [b["looks"][steps]["loss"] - a["looks"][steps]["loss"]
                  for a, b in zip(own, other, strict=True) if steps in a["looks"]]  # fmt: skip
-        error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+        error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
         found[steps] = {"gain": fmean(gains), "error": error}
     return found
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from contextlib import contextmanager
 
-from _measure import keep, plainly, ratios, take_turns
+from _measure import hold_memory, keep, plainly, ratios, take_turns
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="with --methods: these beside the plain prefix, printed and not kept")
     options = parser.parse_args()
 
+    hold_memory()
     import torch
 
     import foreword as fw
@@ -105,6 +106,7 @@ def methods(length: int) -> dict:
     plain = {"length": length, "init": "random"}
     return {
         "plain prefix": fw.PrefixConfig(**plain),
+        "plain prefix, again": fw.PrefixConfig(**plain),  # how much of a ratio is noise
         "infix": fw.PrefixConfig(**plain, visible="infix:1"),
         "first half": fw.PrefixConfig(**plain, visible="first:64"),
         "weight per head": fw.PrefixConfig(**plain, gate="head"),

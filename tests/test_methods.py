@@ -23,7 +23,8 @@ METHODS = {
     "bitfit": fw.BitFitConfig(missing="add"),
     "full": fw.FullConfig(),
 }
-PAIRS = [("prefix", "memory"), ("prefix", "lora"), ("weighed", "adapter"), ("prompt", "bitfit"), ("memory", "lora")]
+PAIRS = [("prefix", "memory"), ("prefix", "lora"), ("weighed", "adapter"), ("prompt", "bitfit"), ("memory", "lora"),
+         ("lora", "bitfit"), ("full", "lora")]  # fmt: skip
 
 
 def trained(model, what, arguments, steps=2):

@@ -94,7 +94,7 @@ def test_a_device_that_is_not_there_is_refused(folder: Path, device: str) -> Non
 
 
 def test_an_unknown_kind_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="'causal-lm', 'seq2seq-lm', 'encoder'"):
+    with pytest.raises(ConfigError, match="'causal-lm', 'seq2seq-lm', 'masked-lm', 'encoder'"):
         fm.load_model(folder, kind="decoder")
 
 

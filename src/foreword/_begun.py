@@ -42,8 +42,12 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file under another name, then rename it: at no moment is half of it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _short(value: Any) -> str:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from foreword.methods import Config
 
-_WEIGHTS = (methods.LoRAConfig, methods.AdapterConfig, methods.BitFitConfig, methods.FullConfig)
+# The model's own parameters first: beside LoRA they have other names, and LoRA's layers are not for BitFit.
+_WEIGHTS = (methods.BitFitConfig, methods.FullConfig, methods.LoRAConfig, methods.AdapterConfig)
 _ORDER = (PrefixConfig, methods.PromptConfig, methods.MemoryConfig, *_WEIGHTS)  # whatever order they are given in
 
 

@@ -6,7 +6,6 @@ out again; code that can't change the call (``generate``) runs inside ``with tun
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foreword.encoders import PrefixEncoder
-from foreword.errors import AttachError, ConfigError
+from foreword.errors import AttachError, ConfigError, nearest
 
 Task = str | Sequence[str] | Tensor
 
@@ -90,9 +89,7 @@ def _numbers(value: Task, tasks: Sequence[str]) -> Tensor:
     names = [value] if isinstance(value, str) else list(value)
     for name in names:
         if name not in tasks:
-            near = difflib.get_close_matches(str(name), tasks, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(tasks)}"
-            raise ConfigError(f"no task is named {name!r}; {hint}")
+            raise ConfigError(f"no task is named {name!r}; {nearest(str(name), tasks, n=1)}")
     if not names:
         raise ConfigError("task names no task; name one a row, or one for all rows")
     return torch.tensor([tasks.index(name) for name in names])

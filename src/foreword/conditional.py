@@ -7,8 +7,9 @@ values, and a *part* named ``condition`` with the encoder's own numbers. ``Prefi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from foreword._given import Given
 from foreword.encoders import MLP, Start, States
-from foreword.errors import MismatchError
+from foreword.errors import ConfigError, MismatchError
 
 if TYPE_CHECKING:
     from foreword.prefix import Prefix
@@ -47,6 +48,20 @@ def weights_of(encoder: MLP) -> dict[str, Tensor]:
 def part_of(prefix: Prefix) -> Mapping[str, Any] | None:
     """The record of a prefix's encoder; None for one that is the same for all rows."""
     return next((p for p in prefix.parts if p["method"] == METHOD), None)
+
+
+def plain_prefixes(folders: Sequence[Path]) -> list[Prefix]:
+    """The prefixes in these folders, for a command line. Raises ConfigError for one that depends on a condition."""
+    from foreword.prefix import Prefix
+
+    found = [Prefix.load(folder) for folder in folders]
+    for prefix, folder in zip(found, folders, strict=True):
+        if part_of(prefix) is not None:
+            raise ConfigError(
+                f"{folder} depends on a condition vector, which has no place on a command line; make a plain prefix of "
+                "one in Python, fw.Prefix.load(...).given(vector).save(...), and use that"
+            )
+    return found
 
 
 def encoder_of(prefix: Prefix) -> MLP:

@@ -6,6 +6,8 @@ Each message says what was wrong, what was expected and what to do next. Everyth
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class ForewordError(Exception):
     """Base class of every error that foreword raises on purpose."""
@@ -41,3 +43,12 @@ class DivergedError(ForewordError):
 
 class MissingPartError(ForewordError):
     """Something optional is not installed; the message gives the command that installs it."""
+
+
+def nearest(name: str, names: Iterable[str], *, n: int = 3, cutoff: float = 0.6) -> str:
+    """The end of a message about a name that is none of these: those that are like it, or all of them."""
+    from difflib import get_close_matches
+
+    known = list(names)
+    near = get_close_matches(name, known, n=n, cutoff=cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known) or 'none'}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from foreword._offloaded import device_of
-from foreword.data import Collator, EncodedDataset
+from foreword.data.mixture import Rows
+from foreword.sites import evaluating, input_device
 
 IGNORED = -100
 
@@ -21,42 +20,54 @@ IGNORED = -100
 @torch.no_grad()
 def example_losses(
     model: PreTrainedModel,
-    dataset: EncodedDataset,
-    collator: Collator,
+    dataset: Rows,
+    collator: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
     *,
     batch_size: int = 16,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    done: Callable[[int], None] | None = None,
 ) -> list[float]:
     """The negative log-likelihood of each example, in nats, summed over its tokens. In eval mode; modes are kept.
 
     Args:
+        collator: makes a batch of examples, with ``labels`` (``foreword.data.Collator``).
         batch_size: examples in a pass. Those of like length share one, so that little is computed on padding.
         prepare: what is done to a batch before the call, e.g. a trainer's way to its device; None: to the model's.
+        done: told after each pass how many examples it had.
     """
+    shift = _shift(bool(model.config.is_encoder_decoder))
     order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]), reverse=True)
     found = [math.nan] * len(dataset)
-    with eval_mode(model):
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = collator([dataset[i] for i in rows])
+            batch = dict(collator([dataset[i] for i in rows]))
             batch = prepare(batch) if prepare is not None else to_device(batch, model)
             logits = model(**batch).logits
             for i, row, labels in zip(rows, logits, batch["labels"], strict=True):
-                found[i] = _summed(row, labels, collator.seq2seq)
+                found[i] = _summed(row, labels, shift)
+            if done is not None:
+                done(len(rows))
     return found
 
 
-def _summed(logits: Tensor, labels: Tensor, seq2seq: bool) -> float:
-    """Of one example: ``(S, vocabulary)`` and ``(S,)``; without an encoder a position predicts the next."""
-    shift = 0 if seq2seq else 1
+def _shift(seq2seq: bool) -> int:
+    """By how many places labels are ahead of the logits that predict them."""
+    return 0 if seq2seq else 1
+
+
+def _summed(logits: Tensor, labels: Tensor, shift: int) -> float:
+    """Of one example, ``(S, vocabulary)`` and ``(S,)``.
+
+    One by one, because the 32-bit log-probabilities of a whole batch would be the largest tensor of all.
+    """
     logits, labels = logits[: len(logits) - shift].float(), labels[shift:].to(logits.device)
-    return float(cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
+    return float(cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").double().sum())
 
 
-def supervised_tokens(dataset: EncodedDataset, *, seq2seq: bool) -> list[int]:
+def supervised_tokens(dataset: Rows, *, seq2seq: bool) -> list[int]:
     """Of each example, on how many tokens there is a loss."""
-    shift = 0 if seq2seq else 1
-    rows = (dataset[i]["labels"][shift:] for i in range(len(dataset)))
+    rows = (dataset[i]["labels"][_shift(seq2seq) :] for i in range(len(dataset)))
     return [sum(label != IGNORED for label in labels) for labels in rows]
 
 
@@ -80,17 +91,5 @@ def difference(ours: Sequence[float], theirs: Sequence[float], tokens: Sequence[
 
 def to_device(batch: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """A batch where the model's embedding is (parts of a model may be elsewhere)."""
-    place = device_of(model.get_input_embeddings())
+    place = input_device(model)
     return {name: value.to(place) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
-@contextmanager
-def eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model is in eval mode; afterwards every module has its own again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What ``kind`` selects: the transformers class that reads the model.
-KINDS = {"causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "encoder": "AutoModel"}
+KINDS = {
+    "causal-lm": "AutoModelForCausalLM", "seq2seq-lm": "AutoModelForSeq2SeqLM", "masked-lm": "AutoModelForMaskedLM",
+    "encoder": "AutoModel",
+}  # fmt: skip
 
 DEMO = "demo"
 GGUF_MAGIC = b"GGUF"
@@ -48,7 +51,7 @@ def load_model(
         name: ``"demo"`` (the packaged SmolLM2-135M-Instruct), a local folder in the transformers layout, a
             ``.gguf`` file, or a name on the model hub. A local folder that is itself called ``demo`` is
             ``"./demo"``.
-        kind: ``"causal-lm"``, ``"seq2seq-lm"`` or ``"encoder"`` (no language-model head).
+        kind: ``"causal-lm"``, ``"seq2seq-lm"``, ``"masked-lm"`` or ``"encoder"`` (no language-model head).
         dtype: a torch dtype or its name; None keeps the precision the weights are stored in.
         attn: transformers' ``attn_implementation`` (``"eager"``, ``"sdpa"``, ...); None lets it choose.
         device: where to put the model, such as ``"cpu"`` or ``"cuda:0"``; None leaves it on the CPU.
@@ -74,7 +77,7 @@ def load_model(
         settings["attn_implementation"] = attn
     where = _resolve_device(device)
     if quantize is not None:
-        from .quantized import quantization_config
+        from .quantized import give_back_memory, quantization_config
 
         settings["quantization_config"] = quantization_config(quantize)
         if where is not None:
@@ -89,6 +92,8 @@ def load_model(
 
     tokenizer = _read("AutoTokenizer", source, local)
     model, info = _read(KINDS[kind], source, local, output_loading_info=True, **settings)
+    if quantize is not None:
+        give_back_memory()
     missing = sorted(info["missing_keys"])
     # A missing head would be filled with random numbers. Encoders often lack an unused pooler: they may.
     if missing and kind != "encoder":

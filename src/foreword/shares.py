@@ -6,10 +6,11 @@ The share is the weight of the virtual tokens in the joint softmax, ``alpha = ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from foreword._holder import SiteSlot
 from foreword._masks import additive, causal_mask, is_causal
 from foreword._views import BatchPrefix
 from foreword.errors import AttachError
+
+_T = TypeVar("_T")
+# What is read off an attention call: of the prefix, queries, keys, mask, whether it is causal without one, arguments.
+Measure = Callable[[BatchPrefix, Tensor, Tensor, Any, bool, Mapping[str, Any]], _T]
 
 
 def attention_shares(model: PreTrainedModel, **inputs: Any) -> dict[str, Tensor]:
@@ -47,13 +52,20 @@ def measured_shares(model: PreTrainedModel, *, by_token: bool = False) -> Iterat
             its value comes in with.
     """
     found: dict[str, Tensor] = {}
+    with measured(model, partial(share, by_token=by_token), found.__setitem__):
+        yield found
+
+
+@contextmanager
+def measured(model: PreTrainedModel, measure: Measure[_T], tell: Callable[[str, _T], None]) -> Iterator[None]:
+    """Inside the block, ``tell`` is given what ``measure`` reads at each call of a prefixed site, by its name."""
     slots = {m: slot for m in model.modules() if isinstance(slot := m.__dict__.get(_interface.SLOT), SiteSlot)}
     if not slots:
         raise AttachError("no prefix stands on this model, so none has a share of its attention; attach one first")
     for module, slot in slots.items():
-        module.__dict__[_interface.SLOT] = _Measuring(slot, found, by_token)
+        module.__dict__[_interface.SLOT] = _Measuring(slot, measure, tell)
     try:
-        yield found
+        yield
     finally:
         for module, slot in slots.items():
             module.__dict__[_interface.SLOT] = slot
@@ -64,8 +76,8 @@ class _Measuring:
     """A slot that looks before it does what it did."""
 
     slot: SiteSlot
-    found: dict[str, Tensor]
-    by_token: bool
+    measure: Measure[Any]
+    tell: Callable[[str, Any], None]
 
     def __call__(
         self, delegate: _interface.Delegate, delegate_name: str, module: nn.Module, query: Tensor, key: Tensor,
@@ -78,54 +90,65 @@ class _Measuring:
             with torch.no_grad():
                 here = prefix.for_batch(query, seen)
                 causal = delegate_name != "eager" and is_causal(module, query, attention_mask, kwargs)
-                share = _share(here, query, key, attention_mask, causal, kwargs, self.by_token)
-                self.found[name] = share.float().cpu()
+                self.tell(name, self.measure(here, query, key, attention_mask, causal, kwargs))
         return self.slot(delegate, delegate_name, module, query, key, value, attention_mask, **kwargs)
 
 
-def _share(
+def share(
     prefix: BatchPrefix,
     query: Tensor,
     key: Tensor,
     mask: Any,
     causal: bool,
     kwargs: Mapping[str, Any],
-    by_token: bool,
+    *,
+    by_token: bool = False,
 ) -> Tensor:
     """``exp(l2 - logaddexp(l1, l2))``, ``(B, H, S)``; of each token with score s ``exp(s - ...)``, ``(B, H, S, P)``."""
-    query, key = query.float(), key.float()
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    before = _scores(query, prefix.keys.float(), scale, kwargs)
+    before = _scores(query.float(), prefix.keys.float(), scale, kwargs)
     if prefix.visible is not None:
         hidden = additive(prefix.visible[:, None, None, :], before.dtype)
         assert hidden is not None
         before = before + hidden
     if prefix.bias is not None:
         before = before + prefix.bias
+    _, other = text_scores(query, key, mask, causal, kwargs)
+    own = before.logsumexp(-1)
+    joint = torch.logaddexp(own, other)
+    found = torch.exp(before - joint[..., None] if by_token else own - joint).nan_to_num(0.0)
+    if prefix.gate is None:
+        return found.cpu()
+    # Rows whose softmax stands apart: all that have a token, or, in a mixed batch, those that a bias keeps out.
+    apart = own > -torch.inf if prefix.bias is None else (own == -torch.inf) & (prefix.gate.squeeze(-1) != 0)
+    if not by_token:
+        return found.masked_fill(apart, torch.nan).cpu()
+    weights = torch.softmax(before, -1).nan_to_num(0.0) * prefix.gate.abs()
+    return torch.where(apart[..., None], weights, found).cpu()
+
+
+def text_scores(
+    query: Tensor, key: Tensor, mask: Any, causal: bool, kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The scores of the text's keys ``(B, H, S, N)``, -inf where hidden, and their log-sum-exp ``(B, H, S)``.
+
+    Learned logits that take attention and give nothing (``s_aux``) are in the log-sum-exp.
+    """
+    query, key = query.float(), key.float()
     if causal:
         key = key[:, :, : query.shape[2]]  # the rest of a static cache is empty
         mask = causal_mask(query)
-    text = _scores(query, key, scale, kwargs)
+    text = _scores(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs)
     if (bias := kwargs.get("position_bias")) is not None:
         text = text + bias
     if isinstance(mask, Tensor) and mask.dim() == 4:
         numbers = additive(mask, text.dtype)
         assert numbers is not None
         text = text + numbers[..., : text.shape[-1]]
-    other = text.logsumexp(-1)
-    if (sinks := kwargs.get("s_aux")) is not None:  # learned logits that take attention and give nothing
-        other = torch.logaddexp(other, sinks.float().view(1, -1, 1).expand_as(other))
-    own = before.logsumexp(-1)
-    joint = torch.logaddexp(own, other)
-    share = torch.exp(before - joint[..., None] if by_token else own - joint).nan_to_num(0.0)
-    if prefix.gate is None:
-        return share
-    # Rows whose softmax stands apart: all that have a token, or, in a mixed batch, those that a bias keeps out.
-    apart = own > -torch.inf if prefix.bias is None else (own == -torch.inf) & (prefix.gate.squeeze(-1) != 0)
-    if not by_token:
-        return share.masked_fill(apart, torch.nan)
-    weights = torch.softmax(before, -1).nan_to_num(0.0) * prefix.gate.abs()
-    return torch.where(apart[..., None], weights, share)
+    total = text.logsumexp(-1)
+    if (sinks := kwargs.get("s_aux")) is not None:
+        total = torch.logaddexp(total, sinks.float().view(1, -1, 1).expand_as(total))
+    return text, total
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, kwargs: Mapping[str, Any]) -> Tensor:

@@ -50,7 +50,8 @@ def trained(folder, data, tmp_path_factory):
 
 
 COMMANDS = (
-    "train", "tune", "meta", "distill", "compress", "generate", "eval", "inspect", "interference", "demo", "doctor"
+    "train", "tune", "meta", "distill", "compress", "generate", "eval", "inspect", "look", "interference",
+    "demo", "doctor",
 )  # fmt: skip
 
 

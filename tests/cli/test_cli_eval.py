@@ -118,6 +118,23 @@ def test_a_model_writes_and_is_scored_and_compared(run, data, folder, prefix, tm
     assert code == 0 and "less the other" in out and "with 6 examples the p-values say little" in out
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), Decoding(max_new_tokens=4)),
+        (("--decoding", "beam"), Decoding(max_new_tokens=4, beams=5)),
+        (("--decoding", "beam", "--beams", 2, "--length-penalty", 0.5),
+         Decoding(max_new_tokens=4, beams=2, length_penalty=0.5)),
+        (("--decoding", "sample", "--top-p", 0.5, "--temperature", 2, "--seed", 3),
+         Decoding(max_new_tokens=4, sample=True, top_p=0.5, temperature=2.0, seed=3)),
+    ],
+)  # fmt: skip
+def test_options_of_decoding(run, data, folder, options, expected):
+    code, out, err = run("--data", data, "--model", folder, "--metrics", "distinct-1", "--max-new-tokens", 4, "--limit",
+                         2, "--json", *options)  # fmt: skip
+    assert code == 0 and json.loads(out)["run"]["decoding"] == expected.to_json(), err
+
+
 def test_a_finished_run_is_scored_again_without_writing(run, data, folder, tmp_path):
     out = tmp_path / "out"
     common = ("--data", data, "--model", folder, "--max-new-tokens", 5, "--out", out)
@@ -185,6 +202,12 @@ def test_a_csv_with_a_reference_a_row_is_grouped(run, tmp_path):
         (("--data", "DATA", "--metrics", "bleu", "--model", "nowhere", "--out", "TMP"), "is not empty"),
         (("--data", "DATA", "--metrics", "bleu", "--predictions", "SAID", "--against", "TMP", "--intervals", 0),
          "--intervals 1 or more"),
+        (("--data", "DATA", "--metrics", "bleu", "--model", "nowhere", "--beams", 3),
+         "--beams goes with --decoding beam, and it is greedy"),
+        (("--data", "DATA", "--metrics", "bleu", "--model", "nowhere", "--decoding", "beam", "--top-p", 0.9),
+         "--top-p goes with --decoding sample, and it is beam"),
+        (("--data", "DATA", "--metrics", "bleu", "--model", "nowhere", "--shots", 2), "go with --harness"),
+        (("--harness", "arc_easy", "--model", "demo", "--metrics", "bleu"), "metrics of its own"),
         (("--harness", "arc_easy"), "give it --model"),
         (("--harness", "arc_easy", "--model", "nowhere", "--out", "TMP"), "is not empty"),
         (("--harness", "arc_easy", "--model", "nowhere", "--prefix", "TMP"), "foreword.json"),

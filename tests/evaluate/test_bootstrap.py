@@ -111,3 +111,5 @@ def test_refusals():
         paired(mean([0, 1]), mean([0]), 10, 0)
     with pytest.raises(ConfigError, match="resamples=0"):
         paired(mean([0, 1]), mean([0, 1]), 0, 0)
+    with pytest.raises(ConfigError, match="intervals=-1"):
+        score(["a"], [["a"]], metrics=["exact-match"], intervals=-1)

@@ -47,6 +47,8 @@ def test_rows_of_equal_input_are_grouped_on_request():
 def test_the_key_is_about_input_and_references():
     keys = {Task("a", ("x",), "s").key, Task("a", ("x", "y"), "s").key, Task("b", ("x",), "s").key,
             Task("a", ("x",), "elsewhere", label="1").key}  # fmt: skip
+    chats = [Task("hi", ("x",), "s", messages=({"role": role, "content": "hi"},)).key for role in ("user", "system")]
+    assert len({*keys, *chats}) == 5
     assert len(keys) == 3 and difference(["k"], ["k"]) is None
 
 

@@ -150,6 +150,20 @@ def test_an_infix_is_refused(base, task):
         evaluate_tasks(model, tokenizer, task, prefix=prefix)
 
 
+def test_a_task_of_several_is_measured(base, task):
+    model, tokenizer = base
+    tuning = fw.attach(model, fw.PrefixConfig(length=3, init="random", tasks=("film", "food"), seed=1))
+    try:
+        with tuning.given(task="food"):
+            found = evaluate_tasks(model, tokenizer, task, limit=4)["samples"]["film"]
+        baked = tuning.bake(task="food")
+    finally:
+        tuning.detach()
+    alone = evaluate_tasks(model, tokenizer, task, prefix=baked, limit=4)["samples"]["film"]
+    scores = [torch.tensor([s for x in run for ((s, _),) in x["resps"]]) for run in (found, alone)]
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
+
+
 def test_a_task_file_that_names_code_is_not_run(base, tmp_path, task):
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef text(doc): return doc['text']\n")
     content = task.read_text().replace('doc_to_text: "{{text}}"', "doc_to_text: !function code.text")
@@ -163,9 +177,39 @@ def test_a_task_file_that_names_code_is_not_run(base, tmp_path, task):
     assert found["tasks"]["film"]["acc"]["value"] in (0, 0.5, 1) and (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '"include": code.yaml\n',
+        "include: [plain.yaml, 'code.yaml']\n",
+        "<<: {include: code.yaml}\n",
+        "{include: code.yaml}\n",
+        "doc_to_text: !<!function> code.text\n",
+        "%TAG !f! !func\n---\ndoc_to_text: !f!tion code.text\n",
+        "doc_to_text: !!python/name:os.system\n",
+        "metric_list:\n  - metric: ./evil\n",
+        'metric_list: [{"metric": "frugalscore"}]\n',
+        "metric_list:\n  - metric: acc\n    hf_evaluate: true\n",
+    ],
+)
+def test_no_way_of_writing_it_runs_code(base, tmp_path, content):
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef text(doc): return doc['text']\n")
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (tmp_path / "code.yaml").write_text("doc_to_text: !function code.text\n")
+    (tmp_path / "plain.yaml").write_text("metric_list:\n  - metric: acc\ninclude: outer.yaml\n")
+    (tmp_path / "outer.yaml").write_text(content)
+    with pytest.raises(ConfigError, match="which would be run; read them, and pass --trust-code"):
+        evaluate_tasks(*base, tmp_path / "outer.yaml")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_cannot_be_loaded_is_said(base, tmp_path, task):
     with pytest.raises(ConfigError, match="cannot be read"):
         evaluate_tasks(*base, tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("task: [unclosed\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml cannot be read"):
+        evaluate_tasks(*base, tmp_path / "bad.yaml")
     with pytest.raises(ConfigError, match="no task was asked for"):
         evaluate_tasks(*base, [])
     (tmp_path / "gone.yaml").write_text(task.read_text().replace("rows.jsonl", "gone.jsonl"))

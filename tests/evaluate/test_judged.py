@@ -46,6 +46,14 @@ def test_a_prefix_would_not_be_the_base(base):
         tuning.detach()
 
 
+def test_an_input_longer_than_what_is_looked_at_loses_its_start(base):
+    model, tokenizer = base
+    long = " ".join(INPUTS * 200)
+    found = score(TEXTS[:1], metrics=["perplexity-after-input"], inputs=[long], model=model, tokenizer=tokenizer)
+    cut = text_nll(model, tokenizer, TEXTS[:1], prompts=[long], max_length=512, cut_prompts=True)
+    assert found["perplexity-after-input"].value == pytest.approx(math.exp(cut[0]))
+
+
 def test_texts_without_any_token_to_score(base):
     with pytest.raises(DataError, match="two tokens or more"):
         score(["", " "], metrics=["perplexity"], model=base[0], tokenizer=base[1])

@@ -273,7 +273,7 @@ def test_names_are_found_and_near_ones_proposed():
         known("blue")
     with pytest.raises(ConfigError, match=r"slot_cover.*slot-coverage"):
         score(["a"], [["a"]], metrics=["slot_cover"])
-    with pytest.raises(ConfigError, match="there are bleu"):
+    with pytest.raises(ConfigError, match="there are: bleu"):
         known("zzzzzz")
     assert all(name in METRICS for names in TASKS.values() for name in names)
 

@@ -121,6 +121,16 @@ def test_long_texts_are_cut_at_the_end(model, tokenizer) -> None:
     assert cut == pytest.approx([own_loss(model, ids_of(tokenizer, "a film"), ids_of(tokenizer, TEXTS[2])[:3])])
 
 
+@pytest.mark.parametrize(("prompt", "kept"), [("good and bad but never dull", 3), ("a film", 2)])
+def test_long_prompts_lose_their_start_on_request(model, tokenizer, prompt: str, kept: int) -> None:
+    text, before = TEXTS[2], ids_of(tokenizer, prompt)
+    found = text_nll(model, tokenizer, [text], prompts=[prompt], max_length=6, cut_prompts=True)
+    expected = own_loss(model, before[-kept:], ids_of(tokenizer, text)[: 6 - kept])
+    assert found == pytest.approx([expected], rel=1e-5)
+    short = text_nll(model, tokenizer, ["bad"], prompts=[prompt], max_length=6, cut_prompts=True)
+    assert short == pytest.approx([own_loss(model, before[-5:], ids_of(tokenizer, "bad"))], rel=1e-5)
+
+
 def test_half_precision_logits_are_scored_in_32_bits(model, tokenizer) -> None:
     half = LlamaForCausalLM(model.config).eval()
     half.load_state_dict(model.state_dict())

@@ -84,7 +84,15 @@ def test_the_order_of_slots_does_not_matter(table, chance):
         ("The Eagle by Café Rouge: cheap French coffee shop, riverside, one star, no kids.", "", ""),
         ("The Eagle is a cheap French coffee shop near Café Rouge on the river. It does not have a good customer "
          "rating and is not child friendly.", "", ""),
+        ("The Eagle: unsuitable for children, low costumer rating. The prices at The Eagle are low. A French coffee "
+         "shop on the river by Café Rouge.", "", ""),
+        ("Customers rate The Eagle low. A French coffee shop on the river by Café Rouge, with prices in the low range, "
+         "it is no place for kids.", "", ""),
+        ("Cheap French coffee shop The Eagle, riverside, near Café Rouge, has a customer rating of 1 out of 5 stars. "
+         "Children not allowed.", "", ""),
         # Things left out, said wrongly, made up.
+        ("Not only is The Eagle by Café Rouge family friendly: it is a cheap French coffee shop on the river with "
+         "moderate ratings.", "customer rating familyFriendly", "customer rating familyFriendly"),
         ("The Eagle is a French coffee shop near Café Rouge on the riverside.",
          "customer rating familyFriendly priceRange", ""),
         ("The Eagle is an expensive French coffee shop near Café Rouge, riverside, low rating, not family friendly.",

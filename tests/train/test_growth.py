@@ -91,11 +91,13 @@ def test_resuming_gives_the_uninterrupted_run(config, checkpoint, tmp_path):
 def test_the_best_checkpoint_has_its_length(tmp_path):
     made, tuning = grown(
         tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, save_steps=2,
-        learning_rate=3.0, max_grad_norm=0.0, warmup_steps=0,
+        learning_rate=300.0, max_grad_norm=0.0, warmup_steps=0,
     )  # fmt: skip
     best = int(made.state.best_model_checkpoint.rsplit("-", 1)[1])
     events = [(0, 2), *((e["step"], e["prefix_length"]) for e in made.state.log_history if "prefix_length" in e)]
-    assert tuning.encoder.active == max(length for step, length in events if step <= best)
+    expected = max(length for step, length in events if step < best or step == 0)
+    assert tuning.encoder.active == expected < events[-1][1]
+    assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric, rel=1e-6)
 
 
 def test_new_tokens_take_steps_of_the_usual_size(tmp_path):

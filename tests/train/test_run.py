@@ -33,6 +33,7 @@ def run(model, out, what=CONFIG, *, resume=False, valid=False, label="here", con
 def assert_untouched(model, before, logits):
     assert fw.tuning.tuning_of(model) is None and "foreword" not in model._modules
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module.training for module in model.modules())  # as it was
     assert torch.equal(zoo.logits(model, input_ids=zoo.ids()), logits)
     tiny.assert_base_unchanged(model, before)
 

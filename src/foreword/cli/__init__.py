@@ -16,6 +16,7 @@ from foreword.cli import (
     generate,
     inspect,
     interference,
+    look,
     meta,
     train,
     tune,
@@ -30,7 +31,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (train, tune, meta, distill, compress, generate, eval, compare, inspect, interference, demo, doctor):
+for command in (
+    train,
+    tune,
+    meta,
+    distill,
+    compress,
+    generate,
+    eval,
+    compare,
+    inspect,
+    look,
+    interference,
+    demo,
+    doctor,
+):
     app.command(name=command.__name__.rsplit(".", 1)[1])(command.run)
 
 

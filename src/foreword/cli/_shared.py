@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, MissingPartError
+
+if TYPE_CHECKING:
+    from foreword.prefix import Prefix
 
 
 def quiet() -> None:
@@ -42,3 +45,31 @@ def pairs(options: Sequence[str], name: str) -> dict[str, str]:
             raise ConfigError(f"{name} {option!r} is not of the form KEY=VALUE")
         found[key] = value
     return found
+
+
+def load_base(prefix: Prefix, model: str | None, *, dtype: str | None, **options: Any) -> Any:
+    """The base model and its tokenizer: the one named, or the one that the prefix remembers.
+
+    Args:
+        options: more of ``load_model``'s.
+
+    Raises:
+        ConfigError: the prefix remembers none, or it can't be loaded.
+    """
+    from foreword.models import DEMO, load_model, packaged_model
+
+    if model is not None:
+        return load_model(model, dtype=dtype, **options)
+    name = prefix.fingerprint.base_model
+    if not name:
+        raise ConfigError("the prefix doesn't say by what name its base model was loaded; give --model")
+    try:
+        packaged = packaged_model().stem
+    except MissingPartError:
+        packaged = None
+    try:
+        return load_model(DEMO if name == packaged else name, dtype=dtype, **options)
+    except ConfigError as exc:
+        raise ConfigError(
+            f"the prefix names {name!r} as its base model, which can't be loaded; give --model ({exc})"
+        ) from exc

@@ -9,8 +9,8 @@ import typer
 from typer import Argument, Option
 
 from foreword.cli._data import Source
-from foreword.cli._shared import print_json, quiet
-from foreword.errors import ConfigError, MissingPartError
+from foreword.cli._shared import load_base, print_json, quiet
+from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,7 +70,7 @@ def run(
         return
     console = Console(stderr=True)
     examples = source.read()
-    network, tokenizer = _base(prefix, model, dtype, attn)
+    network, tokenizer = load_base(prefix, model, dtype=dtype, attn=attn)
     dataset, held_out = source.encode(examples, tokenizer, network)
     assert held_out is not None and out is not None
     console.print(f"data: {dataset.stats.describe()}")
@@ -98,27 +98,6 @@ def run(
         raise ConfigError(verdict(result))
     if not as_json:
         typer.echo(f"{out}: {verdict(result)}")
-
-
-def _base(prefix: Prefix, model: str | None, dtype: str | None, attn: str | None) -> Any:
-    """The base model and its tokenizer: the one named, or the one that the prefix remembers."""
-    from foreword.models import DEMO, load_model, packaged_model
-
-    if model is not None:
-        return load_model(model, dtype=dtype, attn=attn)
-    name = prefix.fingerprint.base_model
-    if not name:
-        raise ConfigError("the prefix doesn't say by what name its base model was loaded; give --model")
-    try:
-        packaged = packaged_model().stem
-    except MissingPartError:
-        packaged = None
-    try:
-        return load_model(DEMO if name == packaged else name, dtype=dtype, attn=attn)
-    except ConfigError as exc:
-        raise ConfigError(
-            f"the prefix names {name!r} as its base model, which can't be loaded; give --model ({exc})"
-        ) from exc
 
 
 def _plans(prefix: Prefix, methods: tuple[str, ...], limits: Any, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from typer import Option
 
 from foreword.cli._eval_tables import show, show_harness, show_metrics
 from foreword.cli._shared import pairs, print_json, quiet
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,15 @@ class How(StrEnum):
     sample = "sample"
 
 
+# What else would be left out without a word.
+_GOES_WITH = {
+    "beams": (How.beam,),
+    "length_penalty": (How.beam, How.paper),
+    "temperature": (How.sample,),
+    "top_p": (How.sample,),
+}
+
+
 def run(
     data: Annotated[str | None, Option(help="Examples: .jsonl, .csv, .parquet, or a datasets name. Columns input and references (or output), or messages.")] = None,
     predictions: Annotated[Path | None, Option(help="Score these: .jsonl with prediction, or a text a line. Without it --model writes them.")] = None,
@@ -46,10 +55,10 @@ def run(
     seed: Annotated[int, Option(help="Of drawing and of the resamples.")] = 0,
     decoding: Annotated[How, Option(help="paper: 5 beams (with --task summary 6, length penalty 0.8).", rich_help_panel=_WRITE)] = How.greedy,
     max_new_tokens: Annotated[int, Option(min=1, rich_help_panel=_WRITE)] = 64,
-    beams: Annotated[int, Option(min=1, help="With --decoding beam.", rich_help_panel=_WRITE)] = 5,
-    length_penalty: Annotated[float | None, Option(help="Above 1 for longer texts.", rich_help_panel=_WRITE)] = None,
-    temperature: Annotated[float, Option(help="With --decoding sample.", rich_help_panel=_WRITE)] = 1.0,
-    top_p: Annotated[float, Option(help="With --decoding sample.", rich_help_panel=_WRITE)] = 1.0,
+    beams: Annotated[int | None, Option(min=1, help="With --decoding beam; 5 by default.", rich_help_panel=_WRITE)] = None,
+    length_penalty: Annotated[float | None, Option(help="With beams: above 1 for longer texts.", rich_help_panel=_WRITE)] = None,
+    temperature: Annotated[float | None, Option(help="With --decoding sample; 1 by default.", rich_help_panel=_WRITE)] = None,
+    top_p: Annotated[float | None, Option(help="With --decoding sample; 1 by default.", rich_help_panel=_WRITE)] = None,
     no_repeat: Annotated[int, Option(min=0, help="No n-gram of this size twice.", rich_help_panel=_WRITE)] = 0,
     stop: Annotated[str | None, Option(help=r"An output ends before this text; \n is a line end.", rich_help_panel=_WRITE)] = None,
     max_length: Annotated[int | None, Option(min=1, help="Longest input in tokens; longer ones lose their start.", rich_help_panel=_WRITE)] = None,
@@ -79,10 +88,14 @@ def run(
     if harness:
         if model is None or data is not None or predictions is not None:
             raise ConfigError("--harness brings its own data; give it --model (and --prefix), without --data")
+        if metrics is not None or task is not None or against is not None or resume:
+            raise ConfigError("--harness has metrics of its own; leave out --metrics, --task, --against and --resume")
         _harness(
             harness, model, prefix or [], out, shots, limit, batch_size, seed, chat, trust_code, dtype, force, as_json
         )
         return
+    if shots is not None or chat or trust_code:
+        raise ConfigError("--shots, --chat and --trust-code go with --harness; name its task, or leave them out")
     names = _names(metrics, task)
     if data is None or (predictions is None and model is None):
         raise ConfigError("give --data with --predictions (to score a file), or with --model (to write and score)")
@@ -135,16 +148,12 @@ def _bar(console: Console) -> Iterator[Callable[[int, int], None]]:
 
 
 def _names(metrics: str | None, task: str | None) -> list[str]:
-    import difflib
-
     from foreword.evaluate.metrics import TASKS, known
 
     found = [n.strip() for n in (metrics or "").split(",") if n.strip()]
     if task is not None:
         if task not in TASKS:
-            near = difflib.get_close_matches(task, TASKS, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)}"
-            raise ConfigError(f"--task {task}: no such kind of task; {hint}")
+            raise ConfigError(f"--task {task}: no such kind of task; {nearest(task, TASKS, n=2)}")
         found += TASKS[task]
     if not found:
         raise ConfigError(
@@ -154,23 +163,28 @@ def _names(metrics: str | None, task: str | None) -> list[str]:
 
 
 def _decoding(
-    how: How, task: str | None, seed: int, max_new_tokens: int, beams: int, length_penalty: float | None,
-    temperature: float, top_p: float, no_repeat: int, stop: str | None, max_length: int | None,
+    how: How, task: str | None, seed: int, max_new_tokens: int, beams: int | None, length_penalty: float | None,
+    temperature: float | None, top_p: float | None, no_repeat: int, stop: str | None, max_length: int | None,
 ) -> Decoding:  # fmt: skip
     from foreword.evaluate.predict import Decoding
 
+    asked = {"beams": beams, "length_penalty": length_penalty, "temperature": temperature, "top_p": top_p}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    for name in given:
+        if how not in _GOES_WITH[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} goes with --decoding {' or '.join(_GOES_WITH[name])}, and it is {how}; "
+                "leave one of them out"
+            )
     common: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "no_repeat": no_repeat, "max_input_tokens": max_length, "seed": seed,
         "stop": stop.replace("\\n", "\n") if stop is not None else None,
     }  # fmt: skip
-    penalty: dict[str, Any] = {} if length_penalty is None else {"length_penalty": length_penalty}
     if how is How.paper:
-        return Decoding.paper("summary" if task == "summary" else "table", **common, **penalty)
+        return Decoding.paper("summary" if task == "summary" else "table", **common, **given)
     if how is How.beam:
-        return Decoding(beams=beams, **common, **penalty)
-    if how is How.sample:
-        return Decoding(sample=True, temperature=temperature, top_p=top_p, **common)
-    return Decoding(**common)
+        return Decoding(**{"beams": 5, **common, **given})
+    return Decoding(sample=how is How.sample, **common, **given)
 
 
 def _harness(
@@ -178,14 +192,14 @@ def _harness(
     batch_size: int, seed: int, chat: bool, trust_code: bool, dtype: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     quiet()
+    from foreword.conditional import plain_prefixes
     from foreword.evaluate.harness import evaluate_tasks
-    from foreword.evaluate.job import load_prefixes
     from foreword.evaluate.run import Folder, finite
     from foreword.models import load_model
 
     if out is not None:
         Folder(out).require(resume=False)
-    prefixes = load_prefixes(folders)
+    prefixes = plain_prefixes(folders)
     base, tokenizer = load_model(model, dtype=dtype)
     options: dict[str, Any] = {"shots": shots, "limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
     result = evaluate_tasks(

@@ -41,20 +41,14 @@ def run(
     quiet()
     from transformers import set_seed
 
-    from foreword.conditional import part_of
+    from foreword.conditional import plain_prefixes
     from foreword.generation import write
     from foreword.models import load_model
-    from foreword.prefix import Prefix
     from foreword.tuning import attach
 
-    loaded = Prefix.load(prefix) if prefix is not None else None
-    if loaded is not None and part_of(loaded) is not None:
-        raise ConfigError(
-            f"{prefix} depends on a condition vector, which has no place on a command line; make a plain prefix of one "
-            "in Python, fw.Prefix.load(...).given(vector).save(...), and generate with that"
-        )
+    loaded = plain_prefixes([prefix] if prefix is not None else [])
     base, tokenizer = load_model(model, dtype=dtype)
-    if loaded is not None:
+    if loaded:
         attach(base, loaded, strength=strength, force=force)
     set_seed(seed)
     options: dict[str, Any] = {

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from foreword._attached import attached
 from foreword.data import Collator, EncodedDataset
 from foreword.errors import DataError
-from foreword.losses import IGNORED, difference, eval_mode, example_losses, supervised_tokens, to_device
+from foreword.losses import IGNORED, difference, example_losses, supervised_tokens, to_device
 from foreword.prefix import Prefix
 from foreword.shares import measured_shares
-from foreword.sites import Site
-from foreword.tuning import attach
+from foreword.sites import Site, evaluating
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def held_out_loss(
         raise DataError(
             f"none of the {len(tokens)} examples has a token to compute a loss on; give examples with outputs"
         )
-    with _attached(model, prefix):
+    with attached(model, prefix):
         return HeldOut(example_losses(model, dataset, collator, batch_size=batch_size), tokens)
 
 
@@ -94,7 +93,7 @@ def token_shares(
     sites = [s for s in prefix.sites if prefix.length(s.name)]
     sums = {s.name: torch.zeros(s.heads, prefix.length(s.name), dtype=torch.float64) for s in sites}
     counts = dict.fromkeys(sums, 0.0)
-    with _attached(model, prefix), eval_mode(model), measured_shares(model, by_token=True) as found:
+    with attached(model, prefix), evaluating(model), measured_shares(model, by_token=True) as found:
         count = min(len(dataset), most)
         for start in range(0, count, batch_size):
             batch = collator([dataset[i] for i in range(start, min(start + batch_size, count))])
@@ -119,13 +118,3 @@ def _real_positions(site: Site, batch: Mapping[str, Tensor], queries: int, seq2s
 
 def _collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
     return Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
-
-
-@contextmanager
-def _attached(model: PreTrainedModel, prefix: Prefix | None) -> Iterator[None]:
-    tuning = attach(model, prefix) if prefix is not None else None
-    try:
-        yield
-    finally:
-        if tuning is not None:
-            tuning.detach()

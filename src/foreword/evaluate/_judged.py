@@ -48,6 +48,7 @@ def _perplexity(given: Given, prompts: Sequence[str]) -> Counts:
         prompts=[prompts[i] for i in scored],
         batch_size=given.tools.get("batch_size", 8),
         max_length=512,
+        cut_prompts=True,
     )
     rows = np.zeros((len(prompts), 2))
     rows[scored, 0], rows[scored, 1] = values, 1.0

@@ -34,7 +34,12 @@ class Difference:
 
 
 def interval(counts: Counts, resamples: int, seed: int) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a metric; None where resampling examples does not apply."""
+    """The 95 % percentile interval of a metric; None where resampling examples does not apply.
+
+    Raises ConfigError if ``resamples`` is negative; 0 is no interval.
+    """
+    if resamples < 0:
+        raise ConfigError(f"intervals={resamples}; expected 0 (none) or more resamples, 1000 is usual")
     if not resamples or not counts.resamples:
         return None
     return _bounds(np.array([counts.value(sums) for (sums,) in _drawn([counts.rows], resamples, seed)]))

@@ -37,8 +37,8 @@ class Task:
 
     @property
     def key(self) -> str:
-        """A short name for input and references, by which runs are found to have seen the same data."""
-        content = json.dumps([self.input, self.references], ensure_ascii=False)
+        """A short name for what is given and the references, by which runs are found to have seen the same data."""
+        content = json.dumps([self.prompt, self.references], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property

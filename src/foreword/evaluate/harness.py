@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -66,8 +65,8 @@ def evaluate_tasks(
         shots: examples before each question; None: as the task has it.
         limit: examples of each task; None: all.
         chat: put what is asked into the tokenizer's chat template.
-        trust_code: let a task file name Python functions, which are then run. (Its Jinja templates are run in any
-            case: use task files that you trust.)
+        trust_code: let a task file name Python functions, or metrics of the package evaluate, which are then run.
+            (Its Jinja templates are run in any case: use task files that you trust.)
         force: attach a prefix although the base model's weights differ.
 
     Returns:
@@ -76,7 +75,7 @@ def evaluate_tasks(
 
     Raises:
         MissingPartError: lm-eval is not installed.
-        ConfigError: a task is unknown, a task file names Python functions, or the prefix is an infix (the harness does
+        ConfigError: a task is unknown, a task file names what would be run, or the prefix is an infix (the harness does
             not say where what is asked ends).
         DataError: a task's data cannot be loaded.
     """
@@ -84,14 +83,19 @@ def evaluate_tasks(
     if not asked:
         raise ConfigError("no task was asked for; name one, e.g. tasks='arc_easy', or a .yaml task file")
     lm = harness_model(model, tokenizer, batch_size=batch_size)
+    from foreword.evaluate._task_files import check_task_file
+
     for task in asked:
-        _check_file(task, trust_code)
+        if not isinstance(task, Mapping) and _is_file(str(task)):
+            check_task_file(Path(task), trust_code=trust_code)
     _check_infix(model, prefix)
     from lm_eval.evaluator import simple_evaluate
 
+    from foreword._attached import attached
+
     with _quietly():
         manager, loaded = _load(asked)
-        with _attached(model, prefix, force):
+        with attached(model, prefix, force=force):
             result = simple_evaluate(
                 lm,
                 tasks=list(loaded.values()),
@@ -161,50 +165,19 @@ def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def _check_file(task: TaskName, trust_code: bool) -> None:
-    """Raise for a task file that is not there, or that names code and may not."""
-    if isinstance(task, Mapping) or not _is_file(str(task)):
-        return
-    path = Path(task)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"the task file {path} cannot be read: {exc}") from exc
-    if "!function" in text and not trust_code:
-        raise ConfigError(
-            f"{path} names Python functions (!function), which would be run; read them, and pass --trust-code "
-            "(trust_code=True) if you trust them"
-        )
-    for name in re.findall(r"^include:\s*(\S+)\s*$", text, re.MULTILINE):
-        _check_file(path.parent / name.strip("'\""), trust_code)
-
-
 def _check_infix(model: PreTrainedModel, prefix: Prefix | Sequence[Prefix] | None) -> None:
     from foreword.prefix import Prefix
     from foreword.tuning import tuning_of
 
     given = [prefix] if isinstance(prefix, Prefix) else list(prefix or ())
-    tuning = tuning_of(model)
-    kinds = [p.visible.kind for p in given] + ([tuning.bake().visible.kind] if tuning is not None else [])
-    if "infix" in kinds:
+    rules = [p.visible for p in given]
+    if (tuning := tuning_of(model)) is not None:
+        rules.append(tuning.visible)
+    if "infix" in [rule.kind for rule in rules]:
         raise ConfigError(
             "the harness scores a question and an answer as one text and does not say where the question ends, which "
             'an infix has to know; use a prefix with visible="all", or foreword.evaluate on your own data'
         )
-
-
-@contextmanager
-def _attached(model: PreTrainedModel, prefix: Prefix | Sequence[Prefix] | None, force: bool) -> Iterator[None]:
-    if prefix is None:
-        yield
-        return
-    from foreword.tuning import attach
-
-    tuning = attach(model, prefix, force=force)
-    try:
-        yield
-    finally:
-        tuning.detach()
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """What each task's prefix does to the others: the loss of every task under every prefix, and under none.
 
-One model, the prefixes in a ``Library``, each batch of held-out examples read once under each of them. Rows of a batch
+One model, the prefixes in a ``Library``, each task's held-out examples read once under each of them. Rows of a batch
 share a prefix, so it is one tensor for all of them; to mix prefixes within a batch would make copies and save nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .._figures import new_figure, save_figure
 from ..errors import ConfigError, DataError
-from .perplexity import eval_mode
 
 if TYPE_CHECKING:
-    import torch
     from rich.table import Table
     from transformers import PreTrainedModel
 
@@ -159,88 +158,43 @@ def measure_interference(
         raise ConfigError(f"batch_size={batch_size}; expected 1 or more")
     if empty := [task for task, rows in data.items() if not len(rows)]:
         raise DataError(f"the task {empty[0]!r} has no examples to measure on; give it some, or leave it out")
+    from ..losses import example_losses, supervised_tokens
     from ..serve.library import Library
 
-    names: list[str | None] = [*prefixes, None]
+    tokens = {t: supervised_tokens(rows, seq2seq=bool(model.config.is_encoder_decoder)) for t, rows in data.items()}
+    if silent := [task for task, counts in tokens.items() if not sum(counts)]:
+        raise DataError(f"no example of the task {silent[0]!r} has a token with a loss; look at its outputs")
+
+    def plain(examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        return collate([{k: v for k, v in e.items() if k != "task"} for e in examples])  # the library has the prefixes
+
     library = Library(model, example_inputs=example_inputs)
+    found: dict[str, list[list[float]]] = {task: [] for task in data}
     try:
         for name, prefix in prefixes.items():
             library.add(name, prefix)
-        with eval_mode(model):
-            found = {
-                task: _losses(model, library, names, rows, collate, batch_size, done) for task, rows in data.items()
-            }
+        for task, rows in data.items():
+            for under in (*prefixes, None):
+                with library.use(under):
+                    found[task].append(example_losses(model, rows, plain, batch_size=batch_size, done=done))
     finally:
         library.detach()
-    return _summed(found, list(prefixes))
+    return _compared(found, tokens, list(prefixes))
 
 
-def _losses(
-    model: PreTrainedModel,
-    library: Any,
-    names: Sequence[str | None],
-    rows: Rows,
-    collate: Callable[..., Mapping[str, Any]],
-    batch_size: int,
-    done: Callable[[int], None] | None,
-) -> torch.Tensor:
-    """Of each example: losses summed over its tokens under each prefix, and its tokens: ``(examples, names + 1)``."""
-    import torch
+def _compared(
+    found: Mapping[str, list[list[float]]], tokens: Mapping[str, list[int]], prefixes: list[str]
+) -> Interference:
+    """From each task's losses by example, under each prefix and under none, to the matrix."""
+    from ..losses import difference
 
-    # Examples of like length share a batch, so that little is computed on padding.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]), reverse=True)
-    embedding: Any = model.get_input_embeddings().weight
-    device = embedding.device
-    result = torch.zeros(len(rows), len(names) + 1, dtype=torch.float64)
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        examples = [{k: v for k, v in rows[i].items() if k != "task"} for i in places]
-        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collate(examples).items()}
-        for column, name in enumerate(names):
-            with torch.no_grad(), library.use(name):
-                logits = model(**batch).logits
-            result[places, column], result[places, -1] = _summed_nll(logits, batch["labels"], model)
-            if done is not None:
-                done(len(places))
-    return result
-
-
-def _summed_nll(
-    logits: torch.Tensor, labels: torch.Tensor, model: PreTrainedModel
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's negative log-likelihood, summed over its supervised tokens, and how many there are: ``(B,)`` twice.
-
-    Row by row, because the 32-bit log-probabilities of a whole batch would be the largest tensor of all.
-    """
-    import torch
-
-    shift = 0 if model.config.is_encoder_decoder else 1
-    sums, counts = [], []
-    for row, targets in zip(logits, labels, strict=True):
-        row, targets = row[: len(row) - shift].float(), targets[shift:].to(row.device)
-        sums.append(torch.nn.functional.cross_entropy(row, targets, ignore_index=-100, reduction="sum"))
-        counts.append((targets != -100).sum())
-    return torch.stack(sums).double().cpu(), torch.stack(counts).double().cpu()
-
-
-def _summed(found: Mapping[str, torch.Tensor], prefixes: list[str]) -> Interference:
-    losses, base, examples, tokens = [], [], [], []
-    errors: list[list[float | None]] = []
-    for task, each in found.items():
-        sums, counts = each[:, :-1], each[:, -1]
-        total = float(counts.sum())
-        if not total:
-            raise DataError(f"no example of the task {task!r} has a token with a loss; look at its outputs")
-        means = sums.sum(0) / total
-        own = sums[:, [prefixes.index(task)]] if task in prefixes else 0.0
-        apart = sums[:, :-1] - own
-        # A ratio of sums over examples: its error is that of the mean of what each adds to it.
-        rest = apart - apart.sum(0) / total * counts[:, None]
-        n = len(each)
-        error = (rest.square().sum(0) * n / max(1, n - 1)).sqrt() / total
-        losses.append(means[:-1].tolist())
-        base.append(float(means[-1]))
-        errors.append(error.tolist() if n > 1 else [None] * len(prefixes))
-        examples.append(n)
-        tokens.append(int(total))
-    return Interference(list(found), prefixes, losses, base, errors, examples, tokens)
+    losses, base, errors = [], [], []
+    for task, columns in found.items():
+        *means, none = (math.fsum(c) / sum(tokens[task]) for c in columns)
+        own = columns[prefixes.index(task)] if task in prefixes else [0.0] * len(tokens[task])
+        apart = [difference(column, own, tokens[task])[1] for column in columns[:-1]]
+        losses.append(means)
+        base.append(none)
+        errors.append([error if math.isfinite(error) else None for error in apart])
+    examples = [len(counts) for counts in tokens.values()]
+    return Interference(list(found), prefixes, losses, base, errors, examples, [sum(t) for t in tokens.values()])

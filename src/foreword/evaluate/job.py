@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from foreword.errors import ConfigError, DataError
 from foreword.evaluate import run as runs
 from foreword.evaluate.examples import Task, difference, read_predictions
-from foreword.evaluate.metrics import Score, check, compare, count, known
+from foreword.evaluate.metrics import check, compare, count, known, scored
 from foreword.evaluate.predict import Decoding
 
 if TYPE_CHECKING:
@@ -119,10 +119,11 @@ class Evaluation:
         differences = None
         if others is not None:
             differences = compare(counts, self._count(others, loaded), resamples=self.intervals, seed=self.seed)
+        scores = {name: scored(c, self.intervals, self.seed) for name, c in counts.items()}
         record = runs.finite({
             "examples": len(self.tasks), "data": self.data, "against": str(against) if against else None,
             "run": about, "intervals": self.intervals, "seed": self.seed,
-            "metrics": runs.record_of({name: self._score(c) for name, c in counts.items()}, differences),
+            "metrics": runs.record_of(scores, differences),
             "seconds": {"writing": written - began, "scoring": time.perf_counter() - written},
         })  # fmt: skip
         if folder is not None:
@@ -146,7 +147,11 @@ class Evaluation:
         others = runs.against(against, self.tasks) if against is not None else None
         if out is not None:
             runs.Folder(out).require(resume=resume)
-        return texts, others, load_prefixes(self.writer.prefixes if self.writer is not None else ())
+        if self.writer is None or not self.writer.prefixes:
+            return texts, others, []
+        from foreword.conditional import plain_prefixes
+
+        return texts, others, plain_prefixes(self.writer.prefixes)
 
     def _read(self) -> list[str]:
         assert self.predictions is not None
@@ -179,11 +184,12 @@ class Evaluation:
         about: dict[str, Any] = {"examples": {"number": len(self.tasks), "sha256": _digest(t.key for t in self.tasks)}}
         if texts is not None:
             return about | {"predictions": {"sha256": _digest(texts)}}
+        from foreword._prefix_file import DESCRIPTION, WEIGHTS
         from foreword.fingerprint import Fingerprint
 
         assert loaded is not None and self.writer is not None
         base = Fingerprint.of(loaded[0]).to_json()
-        files = [(folder / "prefix.safetensors").read_bytes() for folder in self.writer.prefixes]
+        files = [b"".join((folder / n).read_bytes() for n in (WEIGHTS, DESCRIPTION)) for folder in self.writer.prefixes]
         return about | {
             "base": base | {"weights": _digest([json.dumps(base["weights"])])}, "dtype": str(loaded[0].dtype),
             "prefixes": [hashlib.sha256(content).hexdigest() for content in files], "strength": self.writer.strength,
@@ -196,7 +202,11 @@ class Evaluation:
         assert self.writer is not None
         if folder is not None and (there := folder.written(self.tasks)) is not None:
             return there
-        with _attached(loaded[0], prefixes, self.writer), (progress or _silent)() as told:
+        from foreword._attached import attached
+
+        strength = None if self.writer.strength == 1.0 else self.writer.strength
+        on = attached(loaded[0], prefixes, strength=strength, force=self.writer.force)
+        with on, (progress or _silent)() as told:
             return runs.write_all(
                 *loaded, self.tasks, self.writer.how, batch_size=self.writer.batch_size, folder=folder, progress=told
             )
@@ -206,44 +216,6 @@ class Evaluation:
         if loaded is not None and self.writer is not None:
             tools = {"model": loaded[0], "tokenizer": loaded[1], "batch_size": self.writer.batch_size}
         return count(texts, metrics=self.metrics, **self._given(), **tools)
-
-    def _score(self, counts: Counts) -> Score:
-        from foreword.evaluate.bootstrap import interval
-
-        low, high = interval(counts, self.intervals, self.seed) or (None, None)
-        return Score(counts.total, low, high, counts.per_example, counts.note)
-
-
-def load_prefixes(folders: Sequence[Path]) -> list[Prefix]:
-    """The prefixes in these folders. Raises ConfigError for one that depends on a condition vector."""
-    if not folders:
-        return []
-    from foreword.conditional import part_of
-    from foreword.prefix import Prefix
-
-    found = [Prefix.load(folder) for folder in folders]
-    for prefix, folder in zip(found, folders, strict=True):
-        if part_of(prefix) is not None:
-            raise ConfigError(
-                f"{folder} depends on a condition vector, which has no place on a command line; make a plain prefix of "
-                "one in Python, fw.Prefix.load(...).given(vector).save(...), and evaluate that"
-            )
-    return found
-
-
-@contextmanager
-def _attached(model: PreTrainedModel, prefixes: Sequence[Prefix], writer: Writer) -> Iterator[None]:
-    if not prefixes:
-        yield
-        return
-    from foreword.tuning import attach
-
-    strength = None if writer.strength == 1.0 else writer.strength
-    tuning = attach(model, list(prefixes), strength=strength, force=writer.force)
-    try:
-        yield
-    finally:
-        tuning.detach()
 
 
 def _silent() -> AbstractContextManager[Callable[[int, int], None]]:

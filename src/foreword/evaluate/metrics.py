@@ -6,14 +6,13 @@ runs resample the examples. Nothing heavy is imported before a metric is compute
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from foreword.errors import ConfigError, DataError, MissingPartError
+from foreword.errors import ConfigError, DataError, MissingPartError, nearest
 
 if TYPE_CHECKING:
     from foreword.evaluate._counts import Counts
@@ -204,7 +203,7 @@ def score(
         MissingPartError: a package that a metric needs is not installed.
     """
     counted = count(predictions, references, metrics=metrics, inputs=inputs, labels=labels, **tools)
-    return {name: _scored(counts, intervals, seed) for name, counts in counted.items()}
+    return {name: scored(counts, intervals, seed) for name, counts in counted.items()}
 
 
 def count(
@@ -264,9 +263,8 @@ def known(name: str) -> Metric:
     for metric in METRICS.values():
         if metric.name.lower() == name.lower():
             return metric
-    near = difflib.get_close_matches(name.lower().replace("_", "-"), METRICS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(METRICS)}"
-    raise ConfigError(f"no metric is called {name!r}; {hint}")
+    near = nearest(name.lower().replace("_", "-"), METRICS, cutoff=0.5)
+    raise ConfigError(f"no metric is called {name!r}; {near}")
 
 
 def compare(
@@ -301,7 +299,8 @@ def _check_packages(metric: Metric, tools: Mapping[str, Any]) -> None:
             raise MissingPartError(f"{metric.name} needs the package {package}, which is not installed: {get}")
 
 
-def _scored(counts: Counts, intervals: int, seed: int) -> Score:
+def scored(counts: Counts, intervals: int, seed: int) -> Score:
+    """The value of what was counted, with its interval."""
     from foreword.evaluate.bootstrap import interval
 
     low, high = interval(counts, intervals, seed) or (None, None)

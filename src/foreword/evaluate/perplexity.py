@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-class _Row(NamedTuple):
-    """One text as tokens; the first ``given`` of them are not scored."""
-
-    place: int
-    ids: list[int]
-    given: int
 
 
 def text_nll(
@@ -30,6 +20,7 @@ def text_nll(
     prompts: Sequence[str] | None = None,
     batch_size: int = 8,
     max_length: int = 256,
+    cut_prompts: bool = False,
 ) -> list[float]:
     """The mean negative log-likelihood per token of each text, in nats, under the model as it stands.
 
@@ -45,6 +36,8 @@ def text_nll(
         prompts: one prompt a text; an empty one is no prompt.
         batch_size: texts in a forward pass. It does not change the result beyond rounding.
         max_length: tokens of prompt and text together; a longer text is cut at its end.
+        cut_prompts: let a prompt lose its start, as a long input does in training, where it would leave its text less
+            than half of ``max_length`` (or than it needs).
 
     Returns:
         One number a text, in the order of ``texts``.
@@ -60,18 +53,20 @@ def text_nll(
         raise DataError(f"{len(texts)} texts but {len(prompts)} prompts: give one prompt a text.")
     given = prompts if prompts is not None else [""] * len(texts)
     rows = [
-        _tokenize(tokenizer, index, text, prompt, max_length)
+        _tokenize(tokenizer, index, text, prompt, max_length, cut_prompts)
         for index, (text, prompt) in enumerate(zip(texts, given, strict=True))
     ]
-    # Texts of like length share a batch, so that little is computed on padding.
-    rows.sort(key=lambda row: len(row.ids), reverse=True)
-    result = [math.nan] * len(rows)
-    with eval_mode(model):
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            for row, nll in zip(batch, _score(model, batch), strict=True):
-                result[row.place] = nll
-    return result
+    from foreword.data import Collator
+    from foreword.losses import example_losses, supervised_tokens
+
+    pad = Collator(0)  # a padding token changes nothing, and not every tokenizer has one
+
+    def collate(examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        return {**pad(examples), "use_cache": False}
+
+    losses = example_losses(model, rows, collate, batch_size=batch_size)
+    tokens = supervised_tokens(rows, seq2seq=False)
+    return [loss / count for loss, count in zip(losses, tokens, strict=True)]
 
 
 def perplexity(nlls: Iterable[float]) -> float:
@@ -88,12 +83,17 @@ def perplexity(nlls: Iterable[float]) -> float:
         return math.inf
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, index: int, text: str, prompt: str, max_length: int) -> _Row:
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, index: int, text: str, prompt: str, max_length: int, cut_prompt: bool
+) -> dict[str, list[int]]:
+    """Ids and labels as :func:`foreword.data.encode` makes them: what is not scored has -100."""
     if not text.strip():
         raise DataError(f"Text {index} is empty, so it has no likelihood. Leave it out.")
     # Special tokens go at the beginning of the whole sequence only, and none at its end.
     before = _ids(tokenizer, prompt, special=True)
     after = _ids(tokenizer, text, special=False)
+    if cut_prompt:
+        before = before[-(max_length - min(len(after), max_length // 2)) :]
     # Without anything before it, the first token is context rather than something predicted.
     given = len(before) or 1
     ids = (before + after)[:max_length]
@@ -104,7 +104,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, index: int, text: str, prompt:
             else "it is a single token with nothing before it; give it a prompt or leave it out"
         )
         raise DataError(f"Text {index} has no token to score: {why}.")
-    return _Row(index, ids, given)
+    return {"input_ids": ids, "labels": [-100] * given + ids[given:]}
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
@@ -115,58 +115,3 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> lis
         if not plain or plain[-1] != ids[-1]:
             ids = ids[:-1]
     return ids
-
-
-def _score(model: PreTrainedModel, batch: list[_Row]) -> list[float]:
-    """The mean nll of each row: one forward pass over (rows, longest) right-padded tokens."""
-    import torch
-
-    from foreword._offloaded import device_of
-
-    longest = max(len(row.ids) for row in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros(len(batch), longest, dtype=torch.long)
-    scored = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for place, row in enumerate(batch):
-        length = len(row.ids)
-        ids[place, :length] = torch.tensor(row.ids)
-        mask[place, :length] = 1
-        scored[place, row.given : length] = True
-    # Not model.device: of a model spread over devices, the tokens belong where the embedding is.
-    device = device_of(model.get_input_embeddings())
-    ids, mask, scored = ids.to(device), mask.to(device), scored.to(device)
-    with torch.no_grad():
-        output: Any = model(input_ids=ids, attention_mask=mask, use_cache=False)
-        nll = _token_nll(output.logits[:, :-1], ids[:, 1:])
-    kept = scored[:, 1:].to(nll.device)
-    # where, not a product: a non-finite value at padding must not reach the sum.
-    total = torch.where(kept, nll, 0.0).double().sum(dim=1)
-    means: list[float] = (total / kept.sum(dim=1)).tolist()
-    return means
-
-
-def _token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p of each target, in 32 bits: (rows, n, vocabulary) and (rows, n) -> (rows, n).
-
-    Row by row, because the 32-bit log-probabilities of a whole batch would be the largest tensor of all.
-    """
-    import torch
-
-    targets = targets.to(logits.device)
-    rows = [
-        torch.nn.functional.cross_entropy(row.float(), target, reduction="none")
-        for row, target in zip(logits, targets, strict=True)
-    ]
-    return torch.stack(rows)
-
-
-@contextmanager
-def eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode for a while; each submodule gets back the mode it had (a caller may have mixed them)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

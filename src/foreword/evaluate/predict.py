@@ -142,7 +142,7 @@ def batches(
 ) -> Iterator[Batch]:
     """The same batch by batch, as each is done. Those numbered in ``skip`` are left out, and change nothing else."""
     from foreword.data.encode import prompt_ids
-    from foreword.evaluate.perplexity import eval_mode
+    from foreword.sites import evaluating
 
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}; expected 1 or more")
@@ -152,7 +152,7 @@ def batches(
     )
     # The longest first: if the memory is too small, that shows at once.
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-    with eval_mode(model):
+    with evaluating(model):
         for number, start in enumerate(range(0, len(order), batch_size)):
             if number not in skip:
                 rows = tuple(order[start : start + batch_size])

@@ -81,10 +81,10 @@ class Folder:
     def done(self) -> dict[int, Batch]:
         """The batches that were written so far."""
         path, found = self.path / WRITING, {}
-        for line in filter(None, path.read_text(encoding="utf-8").split("\n") if path.exists() else []):
+        for line in filter(None, path.read_bytes().split(b"\n") if path.exists() else []):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:  # also where it ends within a character
                 break  # the line that was being written when the run was killed
             found[record["batch"]] = Batch(record["batch"], tuple(record["rows"]), tuple(record["texts"]))
         return found

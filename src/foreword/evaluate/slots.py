@@ -18,11 +18,12 @@ from foreword.errors import DataError
 from foreword.evaluate._counts import Counts, Given, mean, share
 
 _SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]")
-_IS = r"(?: (?:is|are|was|were|of|at|as|an?|the|very|quite|it|by|from|customers?|been|has|have|to be))*"
+_IS = r"(?: (?:is|are|was|were|being|of|at|in|as|an?|the|very|quite|it|by|from|customers?|been|has|have|to be|~))*"
 _PRICES = rf"\bpric\w*(?: range)?{_IS}"
-_RATED = rf"\brat(?:ed|ings?){_IS}"
-_RATING = r"(?:customers?'? |consumer |user |guest )?(?:rat|review|scor)"
+_RATED = rf"\brat(?:e[sd]?|ings?){_IS}"
+_RATING = r"(?:(?:customers?|costumers?)'?(?: service)? |consumer |user |guest )?(?:rat|review|scor)"
 _STARS = r"(?: star)?s?(?: out)?[- ](?:of[- ])?(?:5|five)\b"
+_FAMILY = r"\b(?:famil|kid|child)"
 
 # For each slot: what is meant, and how it is said. The texts are plain: lower case, no accents, names taken out.
 _SAID: dict[str, dict[str, tuple[str, ...]]] = {
@@ -46,12 +47,12 @@ _SAID: dict[str, dict[str, tuple[str, ...]]] = {
             r"\b(?:less|lower|under|below|cheaper)(?: than| that| then)? ?£? ?20\b", r"\baffordabl", r"\bbudget\b",
         ),
         "moderate": (
-            r"\bmoderate(?:ly)?(?! (?:customer )?rat)", r"\b(?:average|mid|medium)[- ]?(?:pric|cost|range)",
+            rf"\bmoderate(?:ly)?(?![- ]{_RATING})", r"\b(?:average|mid|medium)[- ]?(?:pric|cost|range)",
             r"\b(?:reasonabl[ey]|fair(?:ly)?)[- ]?(?:pric|cost)", r"\b20(?:\.00)? ?(?:-|to|and) ?£? ?25\b",
             rf"{_PRICES} (?:average|reasonable)\b",
         ),
         "high": (
-            r"\bexpensive", r"\bhigh(?:er|ly)?[- ]?(?:end |in )?(?:cost|pric)", rf"{_PRICES} high\b",
+            r"\bexpensive", r"\bhigh(?:er|ly)?[- ]?(?:end |in )?(?:cost(?!umer)|pric)", rf"{_PRICES} high\b",
             r"\b(?:more|over|above|greater|upwards)(?: than| that| then| of)? ?£? ?30\b", r"\bpricey\b", r"\bcostly\b",
             r"\bhigh[- ]end\b",
         ),
@@ -59,13 +60,13 @@ _SAID: dict[str, dict[str, tuple[str, ...]]] = {
     "customer rating": {
         "low": (
             rf"\b(?:low|poor|bad)(?:ly|er)?[- ]{_RATING}", rf"\b(?:1|one){_STARS}", r"\b1 ?/ ?5\b",
-            r"\b(?:1|one)[- ]stars?\b", rf"{_RATED} (?:low|poor(?:ly)?|badly|1|one)\b",
+            r"\b(?:1|one)[- ]stars?\b", rf"{_RATED} (?:low|poor(?:ly)?|badly|(?:1|one)(?:{_STARS})?)\b",
             r"\bnot (?:well|highly)[- ]rated",
             rf"(?:\bnot|n't) (?:have |got |get )?(?:an? )?(?:very )?(?:good|high|great) {_RATING}",
         ),
         "average": (
-            rf"\baverage(?:ly)?[- ]{_RATING}", r"\baverage customer", rf"\b(?:3|three){_STARS}", r"\b3 ?/ ?5\b",
-            r"\b(?:3|three)[- ]stars?\b", rf"{_RATED} (?:average|3|three)\b",
+            rf"\b(?:average|moderate)(?:ly)?[- ]{_RATING}", r"\baverage customer", rf"\b(?:3|three){_STARS}",
+            r"\b3 ?/ ?5\b", r"\b(?:3|three)[- ]stars?\b", rf"{_RATED} (?:average|(?:3|three)(?:{_STARS})?)\b",
         ),
         "high": (
             rf"(?<!not )\b(?:high|excellent|great|good|top|well)(?:ly|est)?[- ](?:{_RATING}|recommend)",
@@ -83,9 +84,10 @@ _SAID: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "familyFriendly": {
         "no": (
-            r"\b(?:not|non|no|never|isn'?t|aren'?t|doesn'?t|don'?t|nor|without)\b[^.;]{0,30}?\b(?:famil|kid|child)",
-            r"n't\b[^.;]{0,30}?\b(?:famil|kid|child)", r"\badults?\b", r"\bun(?:family|kid|child)",
-            r"\b(?:famil|kid|child)\w*[- ](?:unfriendly|free)\b",
+            rf"\b(?:not(?! only)|non|no|never|isn'?t|aren'?t|doesn'?t|don'?t|nor|without)\b[^.;]{{0,30}}?{_FAMILY}",
+            rf"n't\b(?! only)[^.;]{{0,30}}?{_FAMILY}", r"\badults?\b", r"\bun(?:family|kid|child)",
+            rf"{_FAMILY}\w*[- ](?:unfriendly|free)\b", rf"\b(?:unsuitable|inappropriate)\b[^.;]{{0,12}}?{_FAMILY}",
+            rf"{_FAMILY}\w*(?: (?:are|is))? not (?:allowed|welcomed?|permitted|admitted|recommended|suitable)\b",
         ),
         "yes": (r"\bfamil", r"\bkids?\b", r"\bchild"),
     },
@@ -177,6 +179,7 @@ def _judged(text: str, table: dict[str, str], names: Iterable[str]) -> Judged:
         rest, times = re.subn(rf"(?<!\w){re.escape(name)}(?!\w)", " ~ ", rest)
         if times:
             said.add(name)
+    rest = " ".join(rest.split())
     wanted_names = {(slot, _plain(v)) for slot, v in table.items() if _is_name(slot, v)}
     missing = [(slot, name) for slot, name in wanted_names if name not in said]
     hallucinated = [("name", name) for name in said - {name for _, name in wanted_names}]
@@ -193,9 +196,8 @@ def _means(slot: str, text: str) -> list[str]:
     """What a text says of one of E2E's slots."""
     found = []
     for meaning, ways in _SAID[slot].items():
-        text, times = re.subn(
-            "|".join(ways), " ~ ", text
-        )  # so that "not family friendly" is not "family friendly" as well
+        # Taken out, so that "not family friendly" is not "family friendly" as well.
+        text, times = re.subn("|".join(ways), " ~ ", text)
         if times:
             found.append(meaning)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +17,7 @@ from foreword._offloaded import device_of
 from foreword._queries import Queries
 from foreword._views import SitePrefix
 from foreword.conditional import part_of
-from foreword.errors import AttachError, ConfigError, MismatchError
+from foreword.errors import AttachError, ConfigError, MismatchError, nearest
 from foreword.memory import SiteMemory
 from foreword.prefix import Prefix
 from foreword.sites import Site
@@ -74,11 +73,7 @@ class Library:
 
     def __getitem__(self, name: str) -> Prefix:
         if name not in self._prefixes:
-            near = difflib.get_close_matches(name, self._prefixes, n=3)
-            known = (
-                f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(self._prefixes) or 'none'}"
-            )
-            raise ConfigError(f"no task is named {name!r}; {known}")
+            raise ConfigError(f"no task is named {name!r}; {nearest(name, self._prefixes)}")
         return self._prefixes[name]
 
     def add(self, name: str, prefix: Prefix, *, force: bool = False) -> None:

@@ -8,7 +8,7 @@ the optimizer's for all others, stay where they are, so checkpoints and several 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,13 @@ class Growth(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._place(state)
+        best = state.best_global_step if args.load_best_model_at_end else None
+        if (
+            best is not None
+        ):  # its numbers are back, so its length has to be; what came in at that step had no weight yet
+            self._place(_as_at(state, best))
+        else:
+            self._place(state)
         report = growth_report(state.log_history, self.start, self.recommend_within)
         self.tuning.metadata["growth"] = report
         if state.is_world_process_zero and args.output_dir is not None:
@@ -133,6 +139,12 @@ class Growth(TrainerCallback):
         lengths = [self.start, *(int(e[_EVENT]) for e in state.log_history if _EVENT in e)]
         new = length - lengths[-2] if len(lengths) > 1 else 0
         self.tuning.grow_to(length, (new, weight) if new and weight < 1 else None)
+
+
+def _as_at(state: TrainerState, step: int) -> TrainerState:
+    """The state as it was when the loss of this step was measured."""
+    history = [e for e in state.log_history if _EVENT not in e or e["step"] < step]
+    return replace(state, global_step=step, log_history=history)
 
 
 @torch.no_grad()

@@ -98,6 +98,7 @@ def train_prefix(
     check_out(out, resume, _tasks(what, dataset, valid))
     args = run_arguments(out, arguments, valid is not None)
     set_seed(args.seed)
+    training = model.training
     tuning = attach(model, what, tokenizer=tokenizer, trainable=True)
     progress, stop = RichProgress(label, console), StopOnSignal(console)
     try:
@@ -129,6 +130,7 @@ def train_prefix(
         progress.close()
         if tuning.attached:
             tuning.detach()
+        model.train(training)  # the Trainer leaves it as in its last step: with dropout
 
 
 def memory_of_run(

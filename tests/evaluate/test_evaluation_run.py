@@ -18,7 +18,7 @@ import foreword as fw
 import zoo
 from foreword.errors import ConfigError, DataError
 from foreword.evaluate.examples import Task
-from foreword.evaluate.predict import Decoding, predict
+from foreword.evaluate.predict import Batch, Decoding, predict
 from foreword.evaluate.run import Folder, against, finite, record_of, write_all
 
 HERE = Path(__file__).parent
@@ -108,6 +108,20 @@ def test_texts_with_any_line_separator_come_back(tmp_path):
     texts = ["a\u2028b", "c\nd", "\x85", ""]
     folder.finish(TASKS, texts)
     assert folder.written(TASKS) == texts
+
+
+def test_a_line_may_be_torn_anywhere(tmp_path):
+    folder, batches = Folder(tmp_path), [Batch(0, (1, 2), ("é\u2028", "b")), Batch(1, (0,), ("Größe 鷹",))]
+    add = folder.keep([])
+    for batch in batches:
+        add(batch)
+    path = tmp_path / "writing.jsonl"
+    content = path.read_bytes()
+    first = content.index(b"\n")
+    for end in range(len(content) + 1):
+        path.write_bytes(content[:end])
+        whole = (end >= first) + (end >= len(content) - 1)
+        assert list(folder.done().values()) == batches[:whole], end
 
 
 def test_folders_that_are_taken(tmp_path):
