@@ -6,7 +6,21 @@ import sys
 
 import typer
 
-from foreword.cli import compress, demo, distill, doctor, eval, generate, inspect, interference, look, meta, train, tune
+from foreword.cli import (
+    compare,
+    compress,
+    demo,
+    distill,
+    doctor,
+    eval,
+    generate,
+    inspect,
+    interference,
+    look,
+    meta,
+    train,
+    tune,
+)
 from foreword.errors import ForewordError
 
 app = typer.Typer(
@@ -17,7 +31,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (train, tune, meta, distill, compress, generate, eval, inspect, look, interference, demo, doctor):
+for command in (
+    train,
+    tune,
+    meta,
+    distill,
+    compress,
+    generate,
+    eval,
+    compare,
+    inspect,
+    look,
+    interference,
+    demo,
+    doctor,
+):
     app.command(name=command.__name__.rsplit(".", 1)[1])(command.run)
 
 
