@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ForewordError,
         MismatchError,
         MissingPartError,
+        PrecisionWarning,
         PrefixFileError,
         UnsupportedModelError,
     )
@@ -86,6 +87,7 @@ _HOMES = {
             "ForewordError",
             "MismatchError",
             "MissingPartError",
+            "PrecisionWarning",
             "PrefixFileError",
             "UnsupportedModelError",
         ),
@@ -112,6 +114,7 @@ __all__ = [
     "MismatchError",
     "MissingPartError",
     "Monitor",
+    "PrecisionWarning",
     "Prefix",
     "PrefixConfig",
     "PrefixFileError",

@@ -45,6 +45,10 @@ class MissingPartError(ForewordError):
     """Something optional is not installed; the message gives the command that installs it."""
 
 
+class PrecisionWarning(UserWarning):
+    """Something is trained in fewer bits than training needs; the message says what to load instead."""
+
+
 def nearest(name: str, names: Iterable[str], *, n: int = 3, cutoff: float = 0.6) -> str:
     """The end of a message about a name that is none of these: those that are like it, or all of them."""
     from difflib import get_close_matches

@@ -224,11 +224,14 @@ def test_a_damaged_result_is_named(tmp_path):
 
 def test_what_is_wrong_is_found_before_anything_is_trained(model, tmp_path):
     out, watcher = tmp_path / "out", Runs()
+    narrow = comparing.comparison(model, methods=("full",))
+    narrow = replace(narrow, settings=replace(narrow.settings, dtype="bfloat16"))
     cases = [
         (comparing.comparison(model, data=comparing.task(valid=[{"input": "a", "output": "~~"}])), "has no tokens"),
         (comparing.comparison(model, data=comparing.task(init="~")), "prefix 3: .*has no token"),
         (comparing.comparison(model, data=comparing.task(metrics=("sentiment",))), "sentiment needs labels"),
         (comparing.comparison(str(tmp_path / "no-model")), "There is no file or folder"),
+        (narrow, r"full: full trains the base's own bfloat16 numbers.*float32"),
     ]
     for made, said in cases:
         with pytest.raises((ConfigError, DataError), match=said):

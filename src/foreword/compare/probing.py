@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from foreword.compare.settings import Settings
 from foreword.compare.tasks import TaskData
 from foreword.compare.training import Tell, subset, train
 from foreword.data import Collator
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, PrecisionWarning
 from foreword.evaluate.examples import Task
 from foreword.evaluate.metrics import check
 from foreword.evaluate.predict import predict
@@ -50,8 +51,10 @@ def probe(settings: Settings, task: TaskData, plan: Plan, tell: Tell) -> dict[st
             )
         tell({"checking": row.label})
         try:
-            attach(model, row.at(1.0, plan.seeds[0]), tokenizer=tokenizer).detach()
-        except ConfigError as exc:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", PrecisionWarning)  # it would not be a fair comparison
+                attach(model, row.at(1.0, plan.seeds[0]), tokenizer=tokenizer).detach()
+        except (ConfigError, PrecisionWarning) as exc:
             raise ConfigError(f"{row.label}: {exc}") from exc
     return {
         "model": {"name": model_name(model), "weights": model_digest(model), "dtype": str(model.dtype)},
