@@ -1,9 +1,8 @@
-"""From a task's records to what models and metrics take, and a saved prefix on a model for a while."""
+"""From a task's records to what models and metrics take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,8 +11,6 @@ from foreword.compare.tasks import Records
 from foreword.data import EncodedDataset, encode, read_examples
 from foreword.errors import DataError
 from foreword.evaluate.examples import Task, read_tasks
-from foreword.prefix import Prefix
-from foreword.tuning import attach
 
 
 def tasks_of(records: Records) -> list[Task]:
@@ -43,15 +40,3 @@ def encoded(
     return encode(
         read_examples(records), tokenizer, max_length=max_length, seq2seq=bool(model.config.is_encoder_decoder)
     )
-
-
-@contextmanager
-def attached(model: PreTrainedModel, prefix: Prefix | None) -> Iterator[None]:
-    if prefix is None:
-        yield
-        return
-    tuning = attach(model, prefix)
-    try:
-        yield
-    finally:
-        tuning.detach()

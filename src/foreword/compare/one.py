@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from foreword.compare.examples import attached, encoded, first_references, given, tasks_of
+from foreword._attached import attached
+from foreword.compare.examples import encoded, first_references, given, tasks_of
 from foreword.compare.measure import forget_peak, resident, speed
 from foreword.compare.plan import Run
 from foreword.compare.settings import Settings
