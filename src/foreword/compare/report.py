@@ -204,13 +204,15 @@ def _markdown(parts: Sequence[Part], pictures: Mapping[str, Sequence[Path]]) -> 
         blocks += paragraphs
         for title, cells in tables:
             blocks += [f"**{title}**"] if title else []
-            blocks.append(_markdown_table(cells))
+            blocks.append(markdown_table(cells))
     for name, files in pictures.items():
         blocks += [f"## {NAMES[name]}", f"![{NAMES[name]}]({PLOTS}/{files[0].name})"]
     return "\n\n".join(blocks) + "\n"
 
 
-def _markdown_table(cells: Cells) -> str:
+def markdown_table(cells: Cells) -> str:
+    """A table's cells, its head first, as Markdown."""
+
     def line(row: Iterable[str]) -> str:
         return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in row) + " |"
 
