@@ -4,7 +4,7 @@
     python benchmarks/comparisons.py methods=runs/methods [initialisation=runs/initialisation ...]
 
 Writes results/compare-NAME.json (the lines, without each run's own record), docs/images/results-NAME.png, and the
-block of docs/results.md between `<!-- NAME -->` and `<!-- /NAME -->`. Without arguments: the blocks again, from results/.
+block of docs/results.md between `<!-- NAME -->` and `<!-- /NAME -->`. Without arguments: the blocks anew, from results.
 """
 
 from __future__ import annotations
