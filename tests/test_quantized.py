@@ -153,12 +153,12 @@ def test_freed_memory_goes_back_to_the_system():
 import ctypes, gc, pathlib, torch
 from foreword.quantized import give_back_memory
 if not hasattr(ctypes.CDLL(None), "malloc_trim"): print("none"); raise SystemExit
-ctypes.CDLL(None).mallopt(-3, 64 << 20)  # from the heap, as large blocks are once some were freed
+ctypes.CDLL(None).mallopt(-3, 32 << 20)  # from the heap, as large blocks are once some were freed
 def resident():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
-held = [torch.ones(1 << 20) for _ in range(50)]  # 4 MB each
-small = torch.ones(100)  # on top of them: the heap cannot shrink by itself
-del held; gc.collect()
+pairs = [(torch.ones(1 << 20), torch.ones(5000)) for _ in range(50)]  # 4 MB wide, 20 KB narrow
+narrow = [n for _, n in pairs]
+del pairs; gc.collect()  # the narrow ones stay between: the heap cannot shrink by itself
 before = resident(); give_back_memory()
 print(before - resident())
 """
