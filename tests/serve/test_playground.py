@@ -105,7 +105,7 @@ def test_answers_of_several_tasks_stream_side_by_side(server, visit):
     slow = slowly(server.held, 0.03)
     page = visit(server)
     try:
-        ask(page, max_tokens=40)
+        ask(page, max_tokens=100)
         for name in ("base", "short", "long"):
             expect(column(page, name)).to_have_attribute("data-state", "writing")
         # All at once: each has a beginning of its answer and not the end.
@@ -115,9 +115,9 @@ def test_answers_of_several_tasks_stream_side_by_side(server, visit):
     finally:
         slow.remove()
     for name, beginning in seen.items():
-        want = wanted(server.held, None if name == "base" else name, 40)
+        want = wanted(server.held, None if name == "base" else name, 100)
         assert answer(page, name) == want and 0 < len(beginning) < len(want) and want.startswith(beginning)
-        assert re.search(r"^40 tokens \(limit\) · [\d.]+ tokens/s · first after", column(page, name).inner_text(), re.M)
+        assert re.search(r"^100 tokens \(limit\) · [\d.]+ tokens/s · first after", column(page, name).inner_text(), re.M)
     boxes = [column(page, n).bounding_box() for n in seen]
     assert len({box["y"] for box in boxes}) == 1 and len({box["x"] for box in boxes}) == 3
     expect(page.get_by_role("status")).to_have_text("Done.")
