@@ -25,6 +25,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-ne
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--name", default="SmolLM2-135M", help="what the page calls the base model")
     parser.add_argument("--prefix", action="append", required=True, metavar="NAME=DIR")
     parser.add_argument("--prompt", default="The film was")
     parser.add_argument("--max-tokens", type=int, default=48)
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
-    command = [sys.executable, "-m", "foreword", "serve", "--model", asked.model, "--port", "0"]
+    command = [sys.executable, "-m", "foreword", "serve", "--model", asked.model, "--name", asked.name, "--port", "0"]
     with subprocess.Popen([*command, *(part for p in asked.prefix for part in ("--prefix", p))],
                           stderr=subprocess.PIPE, text=True) as server:  # fmt: skip
         try:
