@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from foreword.errors import BudgetError, ConfigError, DeadlineError, OverloadedError, StoppedError
 from foreword.serve._bookings import Bookings
 from foreword.serve._calls import Calls
-from foreword.serve._rows import kv_bytes
 from foreword.serve._text import Text
 from foreword.serve._work import Stats, Work
 from foreword.serve.admission import Limits, next_group
@@ -59,7 +58,7 @@ class Engine:
         self.length = min(self.limits.length or own, own)
         self.columns = self.limits.columns or self.limits.rows * self.length
         self.ends = frozenset(_as_list(library.model.generation_config.eos_token_id))
-        self.column_bytes = kv_bytes(calls)  # of keys and values, a token
+        self.column_bytes = calls.column_bytes  # of keys and values, a token
         self._bookings = Bookings(library.holdings, self.column_bytes)
         library.holdings.released.append(self._notify)
         self._vocabulary = int(config.vocab_size)
