@@ -36,7 +36,9 @@ def library():
 
     def build(tokens=None, cpu=None, when_full="move,queue,refuse", **options):
         device = None if tokens is None else tokens * TOKEN
-        held = Library(zoo.build("llama"), budget=fw.Budget(device, None if cpu is None else cpu * TOKEN, when_full, **options))
+        held = Library(
+            zoo.build("llama"), budget=fw.Budget(device, None if cpu is None else cpu * TOKEN, when_full, **options)
+        )
         made.append(held)
         return held
 
