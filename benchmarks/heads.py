@@ -1,16 +1,18 @@
 """P-Tuning v2 on a real encoder: a prefix and a head on all-MiniLM-L6-v2, beside the head alone and fine-tuning.
 
-Two tasks that read an encoder differently: whether a film review is favourable (accuracy) is read off the first token,
-through the pooler; which words name a person, a place, a product (entity F1 over exact spans, WNUT17) off every word.
+Three tasks that read an encoder differently: whether a film review is favourable, and whether one text follows from
+another (RTE; accuracy), are read off the first token, through the pooler; which words name a person, a place, a product
+(entity F1 over exact spans, WNUT17) off every word.
 Every method of a seed sees the same batches in the same order and starts from the same new head, which is trained in
-all of them. Learning rates were chosen with `--search`: three a method, one seed, on 800 rows held out of the training
-part; the validation part was only looked at afterwards. Nothing else was searched, and the steps are few.
+all of them. Learning rates were chosen with `--search`: three a method, one seed, on 800 rows (RTE: 400) held out of
+the training part; the validation part was only looked at afterwards. Nothing else was searched, and the steps are few.
 
-    python benchmarks/heads.py --reviews DIR --ner DIR [--search] [--seeds 3] [--steps 200]
+    python benchmarks/heads.py --reviews DIR --nlu DIR [--search] [--seeds 3] [--steps 200]
 
 `--reviews` holds train.jsonl and valid.jsonl with `text` and `label` (without it: the packaged Rotten Tomatoes
-reviews, the last 800 held out); `--ner` holds wnut17_ner_train.jsonl and wnut17_ner_valid.jsonl with `tokens` and BIO
-`tags` (without it: reviews only). Neither is part of this project.
+reviews, the last 800 held out); `--nlu` holds wnut17_ner_train.jsonl and wnut17_ner_valid.jsonl with `tokens` and BIO
+`tags`, and rte_train.jsonl and rte_valid.jsonl with `premise`, `hypothesis` and `label` (without it: reviews only).
+Neither is part of this project.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ import numpy as np
 
 from _measure import RESULTS, keep
 
-MAX_TOKENS = 64
+MAX_TOKENS = {"reviews": 64, "entities": 64, "pairs": 128}
 METHODS = ["head only", "prefix and head", "full fine-tuning"]
 LENGTH = 20
-HELD_OUT = 800
-TASKS = {"reviews": "sequence", "entities": "token"}
+HELD_OUT = {"reviews": 800, "entities": 800, "pairs": 400}
+TASKS = {"reviews": "sequence", "entities": "token", "pairs": "sequence"}
 # What is trained in every method: all that stands after the encoder's last layer.
 HEAD = {"sequence": r"classifier\..*|bert\.pooler\..*", "token": r"classifier\..*"}
 RATES = {
@@ -50,8 +52,9 @@ RATES = {
 }
 # The best score in the search.
 CHOSEN = {
-    "sequence": {"head only": 3e-3, "prefix and head": 2e-2, "full fine-tuning": 1e-4},
-    "token": {"head only": 3e-2, "prefix and head": 5e-2, "full fine-tuning": 2e-4},
+    "reviews": {"head only": 3e-3, "prefix and head": 2e-2, "full fine-tuning": 1e-4},
+    "entities": {"head only": 3e-2, "prefix and head": 5e-2, "full fine-tuning": 2e-4},
+    "pairs": {"head only": 3e-3, "prefix and head": 2e-2, "full fine-tuning": 1e-4},
 }
 # Of the head beside a prefix, not searched: the usual rate; ten times that for entities, where 1e-3 is too little for
 # the head alone.
@@ -92,25 +95,32 @@ def entities(folder: Path) -> tuple[list[dict], list[dict]]:
     return read(folder / "wnut17_ner_train.jsonl"), read(folder / "wnut17_ner_valid.jsonl")
 
 
+def pairs(folder: Path) -> tuple[list[dict], list[dict]]:
+    return read(folder / "rte_train.jsonl"), read(folder / "rte_valid.jsonl")
+
+
 def labels(rows: list[dict], kind: str) -> list[str]:
     return sorted({r["label"] for r in rows} if kind == "sequence" else {t for r in rows for t in r["tags"]})
 
 
-def encoded(rows: list[dict], tokenizer, names: list[str], kind: str) -> list[dict]:
+def encoded(rows: list[dict], tokenizer, names: list[str], task: str) -> list[dict]:
     """Token ids and labels; of a word, its first piece has the tag and the others none."""
-    if kind == "sequence":
-        ids = tokenizer([r["text"] for r in rows], truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        labels = [names.index(r["label"]) for r in rows]
-    else:
-        batch = tokenizer([r["tokens"] for r in rows], is_split_into_words=True, truncation=True, max_length=MAX_TOKENS)
-        ids, labels = batch["input_ids"], []
+    cut: dict[str, Any] = {"truncation": True, "max_length": MAX_TOKENS[task]}
+    if task == "entities":
+        batch, labels = tokenizer([r["tokens"] for r in rows], is_split_into_words=True, **cut), []
         for i, row in enumerate(rows):
             words = batch.word_ids(i)
             labels.append([
                 names.index(row["tags"][w]) if w is not None and w != before else -100
                 for before, w in zip([None, *words], words, strict=False)
             ])  # fmt: skip
-    return [{"input_ids": i, "attention_mask": [1] * len(i), "labels": y} for i, y in zip(ids, labels, strict=True)]
+    else:
+        texts = [(r["premise"], r["hypothesis"]) if task == "pairs" else r["text"] for r in rows]
+        batch, labels = tokenizer(texts, **cut), [names.index(r["label"]) for r in rows]
+    return [
+        {"input_ids": i, "attention_mask": [1] * len(i), "labels": y}
+        for i, y in zip(batch["input_ids"], labels, strict=True)
+    ]
 
 
 def in_order(rows: list[dict], batch: int, steps: int, seed: int) -> list[dict]:
@@ -193,7 +203,7 @@ def new_model(kind: str, names: list[str], seed: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--reviews", type=Path, help="folder of train.jsonl and valid.jsonl")
-    parser.add_argument("--ner", type=Path, help="folder of wnut17_ner_train.jsonl and wnut17_ner_valid.jsonl")
+    parser.add_argument("--nlu", type=Path, help="folder of wnut17_ner_train.jsonl, rte_train.jsonl and their _valid")
     parser.add_argument("--search", action="store_true", help="look for learning rates, without the validation part")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
@@ -202,8 +212,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--rates", nargs="*", type=float, help="for --search: these, not those of the list")
     options = parser.parse_args()
-    if options.ner is None and "entities" in options.tasks:
-        options.tasks.remove("entities")
+    if options.nlu is None:
+        options.tasks = [t for t in options.tasks if t == "reviews"]
 
     from transformers import AutoTokenizer
 
@@ -212,15 +222,17 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(packaged_encoder())
     for task in options.tasks:
         kind = TASKS[task]
-        train, valid = reviews(options.reviews) if task == "reviews" else entities(options.ner)
+        train, valid = (
+            reviews(options.reviews) if task == "reviews" else {"entities": entities, "pairs": pairs}[task](options.nlu)
+        )
         names = labels(train, kind)
         if options.search:
             random.Random(0).shuffle(train)
-            train, valid = train[HELD_OUT:], train[:HELD_OUT]
+            train, valid = train[HELD_OUT[task] :], train[: HELD_OUT[task]]
         valid = sorted(valid, key=lambda r: len(str(r)))  # so that little of a batch is padding
-        data = [*(encoded(rows, tokenizer, names, kind) for rows in (train, valid)), metric(kind, names, valid)]
+        data = [*(encoded(rows, tokenizer, names, task) for rows in (train, valid)), metric(kind, names, valid)]
         part, look = ("search", search) if options.search else ("rows", compare)
-        for found in look(tokenizer, kind, names, data, options):
+        for found in look(tokenizer, task, names, data, options):
             path = keep("heads", merged(part, task, found, options))
     print("written:", path)
 
@@ -237,27 +249,29 @@ def merged(part: str, task: str, found: dict, options) -> dict:
     return record
 
 
-def search(tokenizer, kind: str, names: list[str], data: list, options) -> Iterator[dict]:
+def search(tokenizer, task: str, names: list[str], data: list, options) -> Iterator[dict]:
     """The score of each learning rate on the held-out part, seed 0; after each method."""
+    kind = TASKS[task]
     model = new_model(kind, names, 0)
     for method in options.methods:
         found = {}
         for rate in options.rates or RATES[kind][method]:
             result = found[f"{rate:g}"] = run(model, tokenizer, config(method, kind, rate), *data, options, 0)
-            print(f"{kind:9} {method:18} {rate:<8g} {result['score']:6.2f} loss {result['loss']:.3f}", flush=True)
+            print(f"{task:9} {method:18} {rate:<8g} {result['score']:6.2f} loss {result['loss']:.3f}", flush=True)
         yield {method: found}
 
 
-def compare(tokenizer, kind: str, names: list[str], data: list, options) -> Iterator[dict]:
+def compare(tokenizer, task: str, names: list[str], data: list, options) -> Iterator[dict]:
     """Each method on the validation part: the mean over seeds, and the standard deviation; after each seed."""
+    kind = TASKS[task]
     runs: dict[str, list[dict]] = {m: [] for m in options.methods}
     for seed in range(1, options.seeds + 1):
         model = new_model(kind, names, seed)
         for method in options.methods:
-            what = config(method, kind, CHOSEN[kind][method])
+            what = config(method, kind, CHOSEN[task][method])
             runs[method].append(run(model, tokenizer, what, *data, options, seed))
-            print(f"{kind:9} {method:18} seed {seed} {runs[method][-1]['score']:6.2f}", flush=True)
-        found = {m: summary(own, CHOSEN[kind][m]) for m, own in runs.items()}
+            print(f"{task:9} {method:18} seed {seed} {runs[method][-1]['score']:6.2f}", flush=True)
+        found = {m: summary(own, CHOSEN[task][m]) for m, own in runs.items()}
         yield found
     print(f"\n{'method':18} {'trained numbers':>16} {'rate':>8}  score")
     for method, row in found.items():

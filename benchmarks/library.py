@@ -86,11 +86,10 @@ def many(model, path, options):
     for tasks in (FEW, options.tasks, FEW, options.tasks):  # a model carries one library at a time: they take turns
         with loaded(model, path, tasks) as (held, each):
             seconds.setdefault(tasks, []).append(statistics.median(each))
+            chosen = random.Random(1).choices(held.names, k=count)
             variants = {
                 "switch": plainly(switching(held, held.names, count)),
-                "lookup": plainly(
-                    lambda held=held, names=random.Random(1).choices(held.names, k=count): [held[n] for n in names]
-                ),
+                "lookup": plainly(lambda held=held, chosen=chosen: [held[n] for n in chosen]),
             }
             for name, own in take_turns(variants, rounds=options.rounds).items():
                 times.setdefault((tasks, name), []).extend(own)

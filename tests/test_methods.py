@@ -351,3 +351,17 @@ def test_a_library_holds_no_weights():
     tuning.detach()
     with pytest.raises(fw.ConfigError, match="changes the model for all rows"):
         fw.Library(model).add("a", prefix)
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "memory", "prefix", "prompt"])
+def test_what_a_method_adds_to_a_narrow_base_is_trained_in_float32(method):
+    model = zoo.build("llama").to(torch.bfloat16)
+    tuning = trained(model, METHODS[method], with_labels("llama"), steps=1)
+    assert {p.dtype for p in tuning.parameters()} == {torch.float32}
+    assert model(**zoo.inputs("llama")).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["bitfit", "full"])
+def test_training_a_narrow_bases_own_numbers_is_warned_about(method):
+    with pytest.warns(fw.PrecisionWarning, match=f"{method} trains the base's own bfloat16 numbers.*float32"):
+        fw.attach(zoo.build("llama").to(torch.bfloat16), METHODS[method])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -144,3 +145,24 @@ def test_what_is_wrong_and_what_is_missing(monkeypatch):
         quantization_config("int8")
     with pytest.raises(fw.MissingPartError, match=r"int4 needs .*: pip install optimum-quanto"):
         quantization_config("int4:quanto")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library's heap is looked at through /proc")
+def test_freed_memory_goes_back_to_the_system():
+    code = """
+import ctypes, gc, pathlib, torch
+from foreword.quantized import give_back_memory
+if not hasattr(ctypes.CDLL(None), "malloc_trim"): print("none"); raise SystemExit
+ctypes.CDLL(None).mallopt(-3, 32 << 20)  # from the heap, as large blocks are once some were freed
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+pairs = [(torch.ones(1 << 20), torch.ones(5000)) for _ in range(50)]  # 4 MB wide, 20 KB narrow
+narrow = [n for _, n in pairs]
+del pairs; gc.collect()  # the narrow ones stay between: the heap cannot shrink by itself
+before = resident(); give_back_memory()
+print(before - resident())
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    if said == "none":
+        pytest.skip("not glibc")
+    assert int(said) > 150e6

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+VECTORS = (".svg", ".pdf")
+
 
 def new_figure(width: float, height: float) -> Any:
     """A matplotlib figure of that many inches."""
@@ -17,9 +19,10 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Write it under a temporary name, then rename; ``.svg`` is drawn as vectors, anything else as PNG."""
+    """Write it under a temporary name, then rename; ``.svg`` and ``.pdf`` are vectors, anything else is PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="svg" if path.suffix.lower() == ".svg" else "png")
+    suffix = path.suffix.lower()
+    figure.savefig(temporary, dpi=120, format=suffix[1:] if suffix in VECTORS else "png")
     temporary.replace(path)
     return path

@@ -76,6 +76,10 @@ class StoppedError(ForewordError):
     """A serving engine takes no requests any more, or stopped while one was running."""
 
 
+class PrecisionWarning(UserWarning):
+    """Something is trained in fewer bits than training needs; the message says what to load instead."""
+
+
 def nearest(name: str, names: Iterable[str], *, n: int = 3, cutoff: float = 0.6) -> str:
     """The end of a message about a name that is none of these: those that are like it, or what there is."""
     from difflib import get_close_matches

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from foreword._offloaded import device_of, refuse_placeholders
-from foreword.errors import ConfigError, MismatchError, MissingPartError
+from foreword.errors import ConfigError, MismatchError, MissingPartError, PrecisionWarning
 from foreword.methods import AdapterConfig, BitFitConfig, FullConfig, LoRAConfig
 from foreword.sites import Call, dry_run
 
@@ -79,6 +80,13 @@ class OwnParameters(WeightPart):
         self.values = nn.ParameterList(chosen.values())
         self.originals = [p.detach().clone() for p in chosen.values()]
         self.added = added or []  # linear layers that were given a bias
+        if narrow := {str(p.dtype).removeprefix("torch.") for p in chosen.values() if p.dtype.itemsize < 4}:
+            warnings.warn(
+                f"{method} trains the base's own {' and '.join(sorted(narrow))} numbers: steps that are small beside a "
+                'number are rounded away; load the base in float32 (dtype="float32") to train it so',
+                PrecisionWarning,
+                stacklevel=5,
+            )
 
     def put_on(self, model: PreTrainedModel) -> None:
         pass
@@ -121,6 +129,9 @@ class LoRA(WeightPart):
                 parameter.requires_grad_(flag)
         found = {n: p for n, p in model.named_parameters() if p not in flags}
         refuse_placeholders(model, found, "LoRA (PEFT puts it where the weights are)")
+        for parameter in found.values():
+            if parameter.dtype in (torch.float16, torch.bfloat16):  # trained in float32, as PEFT's own models do
+                parameter.data = parameter.data.float()
         self.names, self.values = list(found), nn.ParameterList(found.values())
 
     def take_off(self, model: PreTrainedModel) -> None:

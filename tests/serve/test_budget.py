@@ -388,7 +388,7 @@ def test_mixed_rows_count_the_copies_that_they_read(library):
     for seed, name in enumerate("ab"):
         tight.add(name, make(4, seed))
     answer(tight, "a")  # one task for all rows is read where it is
-    with pytest.raises(fw.BudgetError, match="what its rows read|what requests read"), tight.use(["a", "b"]):
+    with pytest.raises(fw.BudgetError, match=r"what its rows read|what requests read"), tight.use(["a", "b"]):
         pass
     assert tight.usage.caches == 0 and all(u.users == 0 for u in tight.usage.tasks.values())
 

@@ -8,11 +8,11 @@ import engines
 import httpx
 import pytest
 import servers
-import zoo
 from servers import ADMIN, Process, serving
 from typer.testing import CliRunner
 
 import foreword as fw
+import zoo
 from foreword.cli import app
 from foreword.serve.library import Library
 from foreword.serve.shelf import Shelf

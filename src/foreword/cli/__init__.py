@@ -7,6 +7,7 @@ import sys
 import typer
 
 from foreword.cli import (
+    compare,
     compress,
     demo,
     distill,
@@ -31,7 +32,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (train, tune, meta, distill, compress, generate, serve, eval, inspect, look, interference, demo, doctor):
+for command in (
+    train,
+    tune,
+    meta,
+    distill,
+    compress,
+    generate,
+    serve,
+    eval,
+    compare,
+    inspect,
+    look,
+    interference,
+    demo,
+    doctor,
+):
     app.command(name=command.__name__.rsplit(".", 1)[1])(command.run)
 
 

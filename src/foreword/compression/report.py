@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foreword._figures import VECTORS, new_figure, save_figure
 from foreword.compression.planning import DISTILL, MERGE, PRUNE, UNIFORM, Candidate, Limits
 from foreword.errors import ConfigError
 
@@ -21,7 +22,7 @@ _MARKS = {
     "int4 keys and int8 values": ">",
     "int4": "v",
 }
-FORMATS = (".png", ".svg", ".pdf")
+FORMATS = (".png", *VECTORS)
 
 
 def check_picture(path: Path) -> None:
@@ -32,12 +33,8 @@ def check_picture(path: Path) -> None:
 
 def draw_plans(candidates: Sequence[Candidate], limits: Limits, chosen: Candidate | None, path: Path) -> Path:
     """Draw size against loss: each plan a mark, the limits as lines, the chosen one ringed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     check_picture(path)
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 5)
     axes = figure.subplots()
     shown = [c for c in candidates if abs(c.increase) < float("inf")]
     for candidate in shown:
@@ -56,7 +53,7 @@ def draw_plans(candidates: Sequence[Candidate], limits: Limits, chosen: Candidat
     axes.set_xlabel("bytes of prefix.safetensors, in thousands")
     axes.set_ylabel("rise of the held-out loss (nats a token)")
     axes.grid(alpha=0.3, which="both")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def verdict(result: Compression) -> str:
@@ -92,12 +89,3 @@ def _legend(axes: Any, shown: Sequence[Candidate]) -> None:
         axes.plot([], [], marker=_MARKS.get(name, "D"), linestyle="", color="grey", label=name or "numbers as they are")
     if shown:
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _save(figure: Any, path: Path) -> Path:
-    """Under a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format=path.suffix[1:].lower())
-    temporary.replace(path)
-    return path

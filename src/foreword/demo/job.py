@@ -7,10 +7,8 @@ text that names its task.
 from __future__ import annotations
 
 import csv
-import html
 import json
 import random
-import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from foreword.config import PrefixConfig
 from foreword.data import encode, read_examples
+from foreword.data.reviews import ending, plain
 from foreword.evaluate import perplexity, text_nll, train_on_reviews
 from foreword.generation import write
 from foreword.models import load_model, packaged_reviews
@@ -121,22 +120,6 @@ def pick_reviews(path: Path, label: str, plan: Plan) -> list[str]:
         rows = [r["text"] for r in csv.DictReader(file) if r["label"] == label and r["source"] == "imdb"]
     texts = [plain(text) for text in rows]
     return random.Random(plan.seed).sample([t for t in texts if ending(t)], plan.examples)
-
-
-def ending(text: str, least: int = 12, most: int = 40) -> str:
-    """The last sentences of a review, where people say what they think; empty if they have too many words."""
-    kept: list[str] = []
-    for sentence in reversed(re.split(r"(?<=[.!?])\s+(?=[A-Z\"'])", text)):
-        kept.insert(0, sentence)
-        if len(" ".join(kept).split()) >= least:
-            break
-    found = " ".join(kept)
-    return found if least <= len(found.split()) <= most else ""
-
-
-def plain(text: str) -> str:
-    """A review without the marks of the web page that it came from."""
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text))).strip()
 
 
 def _train(

@@ -66,8 +66,8 @@ class Folder:
             self._write(RUN, _line(run, indent=1) + "\n")
             return
         earlier = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        if changed := _changed(earlier, json.loads(_line(run))):
-            raise ConfigError(f"--resume: {self.path} holds another evaluation: {changed}; give another --out")
+        if how := changed(earlier, json.loads(_line(run))):
+            raise ConfigError(f"--resume: {self.path} holds another evaluation: {how}; give another --out")
 
     def written(self, tasks: Sequence[Task]) -> list[str] | None:
         """The predictions of a run that has written all of them, else None."""
@@ -212,11 +212,11 @@ def _batch(batch: Batch) -> dict[str, Any]:
     return {"batch": batch.number, "rows": batch.rows, "texts": batch.texts}
 
 
-def _changed(there: Any, here: Any, name: str = "") -> str | None:
+def changed(there: Any, here: Any, name: str = "") -> str | None:
     """The first thing that two runs' records have otherwise, in words."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in {**there, **here}:
-            if found := _changed(there.get(key), here.get(key), f"{name}.{key}" if name else key):
+            if found := changed(there.get(key), here.get(key), f"{name}.{key}" if name else key):
                 return found
         return None
     return None if there == here else f"{name} is {_short(there)} there and {_short(here)} here"

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from foreword._begun import write_whole
 from foreword.config import PrefixConfig
 from foreword.losses import difference
 from foreword.train.curves import draw_search
@@ -170,7 +171,4 @@ def _record(trial: FrozenTrial) -> TrialRecord:
 
 
 def _write(path: Path, record: Any) -> None:
-    """Under a temporary name, then renamed."""
-    temporary = path.with_name(f".{path.name}")  # one process at a time: the study's lock is held
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

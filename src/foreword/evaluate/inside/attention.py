@@ -45,7 +45,8 @@ class SiteShare:
         positions: by position of the query, mean over texts and heads.
         tokens: by virtual token, mean over texts, positions and heads; behind a zero-initialised gate, the weight that
             its value comes in with.
-        from_first: of what the prefix gets, the part that the text's first token would have without it.
+        from_first: of what the prefix gets, the part that the text's first token would have if this site alone had no
+            prefix.
         first: share of the text's first token beside the prefix, over queries that see more than it.
         first_base: the same in the base model.
     """

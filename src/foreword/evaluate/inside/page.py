@@ -156,14 +156,21 @@ def _first(share: AttentionShare | Unavailable) -> str:
         if known:
             weight = sum(s.mean or 0 for s in known)
             part = sum((s.mean or 0) * (s.from_first or 0) for s in known) / weight
-            here = f"Over all sites, {part:.0%} of the prefix's attention would have gone to the text's first token."
+            base, beside = (sum(getattr(s, k) or 0 for s in known) / len(known) for k in ("first_base", "first"))
+            virtual = sum(next(iter(s.tokens), 0.0) for s in known) / len(known)
+            here = (
+                f"The text's first token has {base:.0%} of attention in the base model and {beside:.0%} beside the "
+                f"prefix, whose own first token has {virtual:.0%} (means over sites). Left out at one layer alone, the "
+                f"prefix would leave {part:.0%} of its attention there to the text's first token."
+            )
         return _here(here) + _picture(pictures.draw_first(found), "the first token's share")
 
     return _section(
         "Where its attention comes from",
         "Models park attention that has nowhere to go on the first token (a sink). Above: what that token has without "
-        "and with the prefix. Below: how much of the prefix's share would be the first token's without it; near 1, the "
-        "prefix took over an idle place and costs the text little.",
+        "and with the prefix; where the prefix's own first token has as much, it is the sink now, and the text lost "
+        "little that it used. Below: how much of the prefix's share would be the text's first token's if this layer "
+        "alone had no prefix: little, once the text's first token is a sink no more.",
         share,
         body,
     )

@@ -93,6 +93,9 @@ def draw_first(share: AttentionShare) -> Figure:
     above.plot(x, _floats([s.first_base for s in share.sites]), "o-", color="C7", label="first token, base model")
     above.plot(x, _floats([s.first for s in share.sites]), "o-", color="C1", label="first token, beside the prefix")
     above.plot(x, _floats([s.mean for s in share.sites]), "o-", color="C0", label="prefix")
+    above.plot(
+        x, _floats([next(iter(s.tokens), None) for s in share.sites]), "o--", color="C2", label="its first token"
+    )
     above.set_ylabel("share of attention")
     below.bar(x, _floats([s.from_first for s in share.sites]), color="C0")
     below.set_ylabel("taken from the first token")
