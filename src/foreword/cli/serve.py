@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -188,8 +189,8 @@ def _add(
     library: Library,
     named: dict[str, Prefix],
     lying: dict[str, Prefix],
-    ranks: dict[str, tuple[int, bool]],
-    texts: list[list[int]],
+    ranks: Mapping[str, tuple[int, bool]],
+    texts: Sequence[list[int]] = (),
     *,
     force: bool,
 ) -> None:

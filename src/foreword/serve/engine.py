@@ -335,6 +335,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Begin with the next prompts, where there is room."""
+        self._short = False
         if self._work.reading or not self._queue:
             return
         lanes = self._work.lanes
@@ -351,7 +352,6 @@ class Engine:
 
     def _booked(self, group: list[Request]) -> list[Request]:
         """Those of a group that there is memory for; where there is none for the first, it waits or is refused."""
-        self._short = False
         while group:
             try:
                 self._bookings.begin(group, self._work)
