@@ -110,7 +110,7 @@ def test_what_only_lies_in_the_folder_may_be_anothers():
     model, other = zoo.build("llama"), zoo.build("gpt2")
     own = engines.prefixes(model)
     foreign = fw.Prefix.from_tensors(other, zoo.random_prefix(other, fw.sites(other)))
-    ranks = {name: (0, False) for name in ("short", "long", "foreign", "mine")}
+    ranks = dict.fromkeys(("short", "long", "foreign", "mine"), (0, False))
     held, lying = Library(model), {"foreign": foreign, "long": own["long"]}
     _add(held, {"short": own["short"]}, lying, ranks, force=False)
     assert held.names == ["short", "long"] and list(lying) == ["long"]
