@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from foreword.data.mixture import TaskMixture
     from foreword.errors import (
         AttachError,
+        BudgetError,
         ConfigError,
         DataError,
         DeadlineError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from foreword.models import load_model
     from foreword.prefix import Prefix
     from foreword.serve.admission import Limits
+    from foreword.serve.budget import Budget
     from foreword.serve.engine import Engine
     from foreword.serve.library import Library
     from foreword.serve.request import Sampling
@@ -66,6 +68,7 @@ _HOMES = {
     "TaskMixture": "data.mixture",
     "load_model": "models",
     "Prefix": "prefix",
+    "Budget": "serve.budget",
     "Engine": "serve.engine",
     "Library": "serve.library",
     "Limits": "serve.admission",
@@ -90,6 +93,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             "AttachError",
+            "BudgetError",
             "ConfigError",
             "DataError",
             "DeadlineError",
@@ -111,6 +115,8 @@ __all__ = [
     "AdapterConfig",
     "AttachError",
     "BitFitConfig",
+    "Budget",
+    "BudgetError",
     "ConfigError",
     "DataError",
     "DeadlineError",

@@ -55,6 +55,19 @@ class OverloadedError(ForewordError):
         self.retry_after = retry_after
 
 
+class BudgetError(ForewordError):
+    """There is no room within a budget; ``needed`` bytes were, ``free`` of ``limit`` are.
+
+    ``retry_after`` says in how many seconds there may be some, if that depends on requests that are running.
+    """
+
+    def __init__(
+        self, message: str, *, needed: int = 0, free: int = 0, limit: int = 0, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.needed, self.free, self.limit, self.retry_after = needed, free, limit, retry_after
+
+
 class DeadlineError(ForewordError):
     """A request was not answered within its time."""
 

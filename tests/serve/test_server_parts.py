@@ -110,8 +110,9 @@ def test_what_only_lies_in_the_folder_may_be_anothers():
     model, other = zoo.build("llama"), zoo.build("gpt2")
     own = engines.prefixes(model)
     foreign = fw.Prefix.from_tensors(other, zoo.random_prefix(other, fw.sites(other)))
+    ranks = dict.fromkeys(("short", "long", "foreign", "mine"), (0, False))
     held, lying = Library(model), {"foreign": foreign, "long": own["long"]}
-    _add(held, {"short": own["short"]}, lying, force=False)
+    _add(held, {"short": own["short"]}, lying, ranks, force=False)
     assert held.names == ["short", "long"] and list(lying) == ["long"]
     with pytest.raises(fw.MismatchError, match="--prefix mine: "):
-        _add(held, {"mine": foreign}, {}, force=False)
+        _add(held, {"mine": foreign}, {}, ranks, force=False)

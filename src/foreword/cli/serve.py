@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +15,11 @@ from foreword.errors import ConfigError, ForewordError, MissingPartError
 
 if TYPE_CHECKING:
     from foreword.prefix import Prefix
+    from foreword.serve.budget import Budget
     from foreword.serve.library import Library
     from foreword.serve.shelf import Shelf
 
-_TASKS, _LIMITS, _KEYS, _MODEL = "Tasks", "Limits", "Keys and logs", "Model"
+_TASKS, _BUDGET, _LIMITS, _KEYS, _MODEL = "Tasks", "Memory", "Limits", "Keys and logs", "Model"
 
 
 def run(
@@ -26,6 +28,13 @@ def run(
     prefix_dir: Annotated[Path | None, Option(help="A folder of saved prefixes: all are served, and tasks are loaded from here at run time.", rich_help_panel=_TASKS)] = None,
     max_tasks: Annotated[int, Option(min=1, help="Tasks served at once, at most.", rich_help_panel=_TASKS)] = 1000,
     force: Annotated[bool, Option("--force", help="Accept prefixes of a base model with other weights.", rich_help_panel=_TASKS)] = False,
+    device_bytes: Annotated[str | None, Option(help="For prefixes and running requests on the model's device: 500000, 200MB, 1.5GiB.", show_default="no limit", rich_help_panel=_BUDGET)] = None,
+    cpu_bytes: Annotated[str | None, Option(help="For prefixes moved off the device; what finds no room there goes to mapped files.", show_default="no limit", rich_help_panel=_BUDGET)] = None,
+    when_full: Annotated[str, Option(help="What is done for room, in this order: compress (int8), shorten (fewer tokens; needs --texts), move (down a tier), queue, refuse.", rich_help_panel=_BUDGET)] = "move,queue,refuse",
+    pin: Annotated[list[str] | None, Option(help="A task that stays on the device as it is (several).", rich_help_panel=_BUDGET)] = None,
+    priority: Annotated[list[str] | None, Option(help="NAME=NUMBER: tasks of lower priority make room for it; 0 if not said (several).", rich_help_panel=_BUDGET)] = None,
+    texts: Annotated[Path | None, Option(help="A file of typical prompts, one a line, to measure what each virtual token is worth (shorten).", rich_help_panel=_BUDGET)] = None,
+    tier_dir: Annotated[Path | None, Option(help="Folder for the mapped files.", show_default="the system's temporary one", rich_help_panel=_BUDGET)] = None,
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, Option(help="What clients call the base model.", show_default="the model's name")] = None,
@@ -68,17 +77,21 @@ def run(
     shelf = Shelf(prefix_dir) if prefix_dir is not None else None
     keys, admin = read_keys(api_keys, "FOREWORD_API_KEYS"), read_keys(admin_keys, "FOREWORD_ADMIN_KEYS")
     limits = Limits(rows=rows, queue=queue, length=max_length, columns=max_columns, step_tokens=step_tokens)
+    budget = _budget(device_bytes, cpu_bytes, when_full, tier_dir, texts)
+    lines = _lines(texts)
     logs.set_up()
     named, lying = _tasks(prefix or [], shelf)  # and all else that can be wrong, before the model is loaded
     if base in named or base in lying:
         raise ConfigError(f"{base!r} is the base model's name; call it or the task something else (--name)")
     if len(named) + len(lying) > max_tasks:
         raise ConfigError(f"{len(named) + len(lying)} tasks are more than --max-tasks {max_tasks}")
+    ranks = _ranks(priority or [], pin or [], [*named, *lying])
     bound = listen(host, port)
     try:
         network, tokenizer = load_model(model, dtype=dtype, attn=attn, device=device, quantize=quantize)
-        library = Library(network)
-        _add(library, named, lying, force=force)
+        library = Library(network, budget=budget)
+        ids = [found for line in lines if (found := list(tokenizer(line)["input_ids"]))]
+        _add(library, named, lying, ranks, ids, force=force)
         engine = Engine(library, tokenizer, limits)
     except BaseException:
         bound.close()
@@ -86,7 +99,7 @@ def run(
     settings = Settings(
         base, keys, admin, shelf, tasks=max_tasks, prompts=max_prompts, n=min(max_n, rows), chat_tokens=chat_tokens,
         body_bytes=max_body, body_seconds=idle_timeout, write_seconds=idle_timeout, seconds=timeout,
-        log_prompts=log_prompts, force=force, folders={task: task for task in lying}, playground=playground,
+        log_prompts=log_prompts, force=force, folders={task: task for task in lying}, texts=ids, playground=playground,
     )  # fmt: skip
     if not len(keys) and host not in ("127.0.0.1", "::1", "localhost"):
         logs.event("no API key is set: whoever reaches this port may ask", level=logging.WARNING)
@@ -134,18 +147,69 @@ def _tasks(given: list[str], shelf: Shelf | None) -> tuple[dict[str, Prefix], di
     return named, lying
 
 
-def _add(library: Library, named: dict[str, Prefix], lying: dict[str, Prefix], *, force: bool) -> None:
+def _budget(device: str | None, cpu: str | None, when_full: str, folder: Path | None, texts: Path | None) -> Budget:
+    from foreword.serve.budget import SHORTEN, Budget, parse_bytes
+
+    limits = [None if text is None else parse_bytes(text) for text in (device, cpu)]
+    made = Budget(limits[0], limits[1], when_full, folder=folder)
+    if SHORTEN in made.actions and texts is None:
+        raise ConfigError("--when-full shorten needs --texts FILE, to know which tokens are worth least")
+    if texts is not None and SHORTEN not in made.actions:
+        raise ConfigError("--texts is for --when-full shorten, which isn't asked for")
+    return made
+
+
+def _lines(texts: Path | None) -> list[str]:
+    if texts is None:
+        return []
+    try:
+        found = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"--texts {texts} can't be read: {exc}") from exc
+    if not found:
+        raise ConfigError(f"--texts {texts} has no line; expected a prompt on each")
+    return found
+
+
+def _ranks(priority: list[str], pin: list[str], tasks: list[str]) -> dict[str, tuple[int, bool]]:
+    """Priority and whether it is pinned, of each task."""
+    from foreword.errors import nearest
+
+    given = pairs(priority, "--priority")
+    for name in (*given, *pin):
+        if name not in tasks:
+            raise ConfigError(f"--priority and --pin: no task is named {name!r}; {nearest(name, tasks)}")
+    try:
+        numbers = {name: int(number) for name, number in given.items()}
+    except ValueError as exc:
+        raise ConfigError(f"--priority NAME=NUMBER wants a whole number: {exc}") from exc
+    return {name: (numbers.get(name, 0), name in pin) for name in tasks}
+
+
+def _add(
+    library: Library,
+    named: dict[str, Prefix],
+    lying: dict[str, Prefix],
+    ranks: Mapping[str, tuple[int, bool]],
+    texts: Sequence[list[int]] = (),
+    *,
+    force: bool,
+) -> None:
     """Put tasks onto the model; those that only lie in the folder and belong to another one are taken out."""
     from foreword.serve.http import logs
 
+    def add(name: str, prefix: Prefix) -> None:
+        shares = library.measure_shares(prefix, texts, force=force) if texts else None
+        library.add(name, prefix, priority=ranks[name][0], pinned=ranks[name][1], shares=shares, force=force)
+
     for name, prefix in named.items():
         try:
-            library.add(name, prefix, force=force)
+            add(name, prefix)
         except ForewordError as exc:
             raise type(exc)(f"--prefix {name}: {exc}") from exc
     for name, prefix in list(lying.items()):
         try:
-            library.add(name, prefix, force=force)
+            add(name, prefix)
         except ForewordError as exc:
             del lying[name]
             _left_out(name, exc)

@@ -31,6 +31,7 @@ class Calls:
         self.library = library
         self.model = library.model
         self.device = input_device(self.model)
+        self.column_bytes = 0  # of what a cache holds of a token; known when it is proved
         self._takes = inspect.signature(self.model.forward).parameters.keys()
         self._refuse()
 
@@ -125,6 +126,7 @@ class Calls:
         source, cache = DynamicCache(), RowCache()
         first = self.prompts(None, ids, mask, source, 0)
         cache.join(source, range(len(rows)), [len(r) for r in rows])
+        self.column_bytes = cache.nbytes // (cache.places * cache.capacity)
         cache.prepare()
         return torch.stack([first, self.step(None, follow, cache, 0)], 1).float()
 

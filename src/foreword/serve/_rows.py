@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from foreword.memory import Recall
 from foreword.serve._calls import Calls, padded
-from foreword.serve._mixing import Choice, choose, recall_of
+from foreword.serve._mixing import Choice, choose
 from foreword.serve.cache import RowCache
 from foreword.serve.request import Answer, Request
 
@@ -57,9 +57,9 @@ class Lane:
     :attr:`padding`, which the engine keeps within bounds by opening another lane.
     """
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: Calls, *, exact: bool = False) -> None:
         self.answers: list[Answer] = []
-        self.cache = RowCache()
+        self.cache = RowCache(exact=exact)
         self._calls = calls
         self._choices: dict[tuple[int, int], Choice] = {}  # by rows; until one joins or leaves
 
@@ -69,7 +69,7 @@ class Lane:
     @property
     def recall(self) -> Recall | None:
         """How the memories of its rows are read; None: none has one."""
-        return next((r for a in self.answers if (r := recall_of(a.request.prefix)) is not None), None)
+        return next((r for a in self.answers if (r := a.request.recall) is not None), None)
 
     @property
     def padding(self) -> int:
@@ -126,10 +126,14 @@ class Lane:
 
 
 class Lanes:
-    """All rows that are being written."""
+    """All rows that are being written.
 
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
+    Args:
+        exact: allocate no places that no row needs: a budget counts them.
+    """
+
+    def __init__(self, calls: Calls, *, exact: bool = False) -> None:
+        self._calls, self._exact = calls, exact
         self._lanes: list[Lane] = []
         # A lane more costs another reading of the weights, so padding may cost as much before one is opened.
         self.most_padding = weight_bytes(calls) // max(1, kv_bytes(calls))
@@ -152,7 +156,7 @@ class Lanes:
     def place(self, answers: Sequence[Answer]) -> Lane:
         """The lane where a request's rows waste least; a new one where they waste too much everywhere."""
         requests = [a.request for a in answers]
-        recall = recall_of(requests[0].prefix)
+        recall = requests[0].recall
         padding = {
             lane: lane.padding_with(requests)
             for lane in self._lanes
@@ -160,7 +164,7 @@ class Lanes:
         }
         best = min(padding, key=lambda lane: padding[lane] - lane.padding, default=None)
         if best is None or padding[best] > self.most_padding:
-            best = Lane(self._calls)
+            best = Lane(self._calls, exact=self._exact)
             self._lanes.append(best)
         return best
 
@@ -170,6 +174,16 @@ class Lanes:
             for answer in [a for a in lane.answers if a.finish is not None or a.request.cancelled]:
                 lane.leave(answer)
         self._lanes = [lane for lane in self._lanes if len(lane)]
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated for keys and values."""
+        return sum(lane.cache.nbytes for lane in self._lanes)
+
+    def tighten(self) -> None:
+        """Give back what rows that left had."""
+        for lane in self._lanes:
+            lane.cache.tighten()
 
     def close(self, lane: Lane) -> None:
         """Let go of a lane with all its rows."""

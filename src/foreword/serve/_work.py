@@ -43,10 +43,12 @@ class Work:
     Args:
         step_tokens: prompt tokens that are read in a step.
         stats: what is counted in.
+        exact: caches have no more places than rows.
     """
 
-    def __init__(self, calls: Calls, step_tokens: int, stats: Stats) -> None:
-        self.lanes = Lanes(calls)
+    def __init__(self, calls: Calls, step_tokens: int, stats: Stats, *, exact: bool = False) -> None:
+        self._exact = exact
+        self.lanes = Lanes(calls, exact=exact)
         self.seconds = 1.0  # of a request, about
         self._calls, self._step_tokens, self._stats = calls, step_tokens, stats
         self._readings: deque[Reading] = deque()
@@ -60,8 +62,13 @@ class Work:
         return bool(self._readings)
 
     @property
+    def prompts(self) -> list[Request]:
+        """Those whose prompts are being read."""
+        return [r for reading in self._readings for r in reading.requests]
+
+    @property
     def requests(self) -> list[Request]:
-        return [*(r for reading in self._readings for r in reading.requests), *self.lanes.requests]
+        return [*self.prompts, *self.lanes.requests]
 
     def begin(self, group: Sequence[Request]) -> None:
         """Read these prompts next, as one batch."""
@@ -94,7 +101,7 @@ class Work:
     def abandon(self) -> None:
         """Let go of everything."""
         self._readings.clear()
-        self.lanes = Lanes(self._calls)
+        self.lanes = Lanes(self._calls, exact=self._exact)
 
     # ---------------------------------------------------------------- a step
 
@@ -167,4 +174,4 @@ class Work:
         stats.reading = sum(r.rows for r in self._readings)
         stats.rows, stats.lanes = self.lanes.rows, len(lanes)
         stats.padding = sum(lane.padding for lane in lanes)
-        stats.kv_bytes = sum(lane.cache.nbytes for lane in lanes)
+        stats.kv_bytes = self.lanes.nbytes

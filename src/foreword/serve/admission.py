@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foreword.errors import ConfigError
-from foreword.serve._mixing import recall_of
 from foreword.serve.request import Request
 
 _FEW = 64  # tokens of padding that cost nothing to speak of
@@ -69,5 +68,5 @@ def _together(requests: Sequence[Request], most: int) -> bool:
     """Whether prompts may be read as one batch: at most a quarter of it, or a few tokens, is padding."""
     lengths = [len(r.prompt) for r in requests]
     whole = len(lengths) * max(lengths)
-    recalls = {recall_of(r.prefix) for r in requests} - {None}
+    recalls = {r.recall for r in requests} - {None}
     return whole <= most and whole - sum(lengths) <= max(whole // 4, _FEW) and len(recalls) <= 1

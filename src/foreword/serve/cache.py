@@ -25,8 +25,16 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 _SPARE = 64  # columns allocated beyond those in use, at least; a quarter of them where that is more
 
 
+def capacity_for(width: int) -> int:
+    """Columns that are allocated for rows of so many tokens."""
+    return width + max(_SPARE, width // 4)
+
+
 class RowCache(Cache):
     """Keys and values of a left-padded batch whose rows join and leave.
+
+    Args:
+        exact: allocate as many places as there are rows; else up to twice as many, so that fewer joins move them.
 
     Attributes:
         lengths: tokens of each row.
@@ -34,8 +42,9 @@ class RowCache(Cache):
         places: rows allocated.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, exact: bool = False) -> None:
         super().__init__(layers=[])
+        self._exact = exact
         self.lengths: list[int] = []
         self.end = 0
         self.capacity = 0
@@ -122,14 +131,23 @@ class RowCache(Cache):
 
     # ---------------------------------------------------------------- memory
 
+    def tighten(self) -> None:
+        """Give back places and columns that are not needed any more."""
+        if len(self.lengths) < self.places or capacity_for(self.width) < self.capacity:
+            self._move(len(self.lengths), self.width)
+
     def _make_room(self, rows: int, width: int) -> None:
         """Have ``rows`` places, ``width`` columns before the end and one after it; moves what is there if need be."""
         if rows <= self.places and width <= self.end < self.capacity:
             return
+        self._move(rows, width)
+
+    def _move(self, rows: int, width: int) -> None:
         places = 1  # anew, so that places which are not needed any more go
         while places < rows:
             places *= 2
-        capacity = width + max(_SPARE, width // 4)
+        places = rows if self._exact else places
+        capacity = capacity_for(width)
         for layer in self._held():
             layer.move(places, capacity, len(self.lengths), self.width, self.end, width)
         mask = torch.zeros(places, capacity, dtype=torch.bool, device=self._mask.device)

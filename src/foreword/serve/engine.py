@@ -18,20 +18,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from foreword.errors import ConfigError, DeadlineError, OverloadedError, StoppedError
+from foreword.errors import BudgetError, ConfigError, DeadlineError, OverloadedError, StoppedError
+from foreword.serve._bookings import Bookings
 from foreword.serve._calls import Calls
-from foreword.serve._rows import kv_bytes
 from foreword.serve._text import Text
 from foreword.serve._work import Stats, Work
 from foreword.serve.admission import Limits, next_group
 from foreword.serve.library import Library
 from foreword.serve.request import Answer, Request, Sampling, Sink
+from foreword.serve.tiers.held import Held
 from foreword.serve.written import Written, collector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+_PATIENCE = 0.05  # seconds between looks for memory that nobody tells of
 T = TypeVar("T")
 
 
@@ -56,12 +58,15 @@ class Engine:
         self.length = min(self.limits.length or own, own)
         self.columns = self.limits.columns or self.limits.rows * self.length
         self.ends = frozenset(_as_list(library.model.generation_config.eos_token_id))
-        self.column_bytes = kv_bytes(calls)  # of keys and values, a token
+        self.column_bytes = calls.column_bytes  # of keys and values, a token
+        self._bookings = Bookings(library.holdings, self.column_bytes)
+        library.holdings.released.append(self._notify)
         self._vocabulary = int(config.vocab_size)
         self._queue: deque[Request] = deque()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._work = Work(calls, self.limits.step_tokens, self.stats)
+        self._work = Work(calls, self.limits.step_tokens, self.stats, exact=self._bookings.limited)
         self._wake = threading.Condition()
+        self._short = False  # of memory: whoever is first waits for some
         self._closed = self._stopped = False
         self._thread = threading.Thread(target=self._run, name="foreword-engine", daemon=True)
 
@@ -97,11 +102,22 @@ class Engine:
         Raises:
             ConfigError: the task is unknown, or the prompt doesn't fit.
             OverloadedError: the queue is full.
+            BudgetError: it needs more memory than the library's budget has.
             StoppedError: the engine takes no requests any more.
         """
-        prefix = self.library[task] if task is not None else None
+        held = self.library.holdings.expect(task) if task is not None else None
+        try:
+            return self._submit(prompt, sampling, held, sink, seconds)
+        except BaseException:
+            if held is not None:
+                self.library.holdings.forget(held)
+            raise
+
+    def _submit(
+        self, prompt: Sequence[int], sampling: Sampling, held: Held | None, sink: Sink, seconds: float | None
+    ) -> Request:
         deadline = None if seconds is None else time.monotonic() + seconds
-        request = Request(prompt, sampling, prefix, sink, deadline=deadline)
+        request = Request(prompt, sampling, None, sink, deadline=deadline, task=held)
         self._check(request)
         ends = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else self.ends)
         request.answers = [Answer(request, i, Text(self.tokenizer, sampling.stop), ends) for i in range(sampling.n)]
@@ -114,10 +130,16 @@ class Engine:
                     f"{len(self._queue)} requests are waiting, which is the most; try again later",
                     retry_after=min(60, max(1, after)),
                 )
+            self._bookings.expect(request)
             self._queue.append(request)
             self.stats.requests += 1
             self._wake.notify()
         return request
+
+    def bytes_of(self, prompt: Sequence[int], sampling: Sampling, task: str | None = None) -> int:
+        """Bytes that a request may come to take on the device if it is alone, its prefix among them."""
+        held = self.library.holdings.find(task) if task is not None else None
+        return self._bookings.whole_bytes(Request(prompt, sampling, None, lambda what: None, task=held))
 
     def cancel(self, request: Request) -> None:
         """End a request, wherever it is; nothing more is said about it."""
@@ -208,6 +230,10 @@ class Engine:
         self._thread.join(wait)
         return not self._thread.is_alive()
 
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
     def stop(self) -> None:
         """End at once: what is running or waiting fails with a StoppedError."""
         with self._wake:
@@ -252,6 +278,8 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """False when there won't be any."""
         with self._wake:
+            if self._short and not self._work and not self._jobs and not self._stopped:
+                self._wake.wait(_PATIENCE)  # for somebody else's block, or a deadline
             while not (self._stopped or self._queue or self._work or self._jobs):
                 if self._closed:
                     self._stopped = True
@@ -265,6 +293,10 @@ class Engine:
         self._work.abandon()
         with self._wake:
             self._queue.clear()
+            self._bookings.unqueue(())
+        self._bookings.settle(self._work)
+        if self._notify in self.library.holdings.released:
+            self.library.holdings.released.remove(self._notify)
         while self._jobs:
             future = self._jobs.popleft()[1]
             if future.set_running_or_notify_cancel():
@@ -297,20 +329,44 @@ class Engine:
                 self._work.fail(DeadlineError(f"no answer within {seconds:.0f} s; try again later"), [request])
         with self._wake:
             self._queue = deque(r for r in self._queue if not r.cancelled)
+            self._bookings.unqueue(self._queue)
         self._work.forget()
+        self._bookings.settle(self._work)
 
     def _admit(self) -> None:
         """Begin with the next prompts, where there is room."""
+        self._short = False
         if self._work.reading or not self._queue:
             return
         lanes = self._work.lanes
         columns = self.columns - sum(r.columns for r in lanes.requests)
         with self._wake:
             group = next_group(self._queue, self.limits.rows - lanes.rows, columns, self.limits.step_tokens)
+        group = self._booked(group)
+        with self._wake:
             for request in group:
                 self._queue.remove(request)
+                self._bookings.unqueued(request)
         if group:
             self._work.begin(group)
+
+    def _booked(self, group: list[Request]) -> list[Request]:
+        """Those of a group that there is memory for; where there is none for the first, it waits or is refused."""
+        while group:
+            try:
+                self._bookings.begin(group, self._work)
+                return group
+            except BudgetError as exc:
+                if len(group) > 1:
+                    group = group[: len(group) // 2]
+                    continue
+                refusal = self._bookings.refusal(exc, bool(self._work), min(60, math.ceil(self._work.seconds)))
+                if refusal is not None:
+                    self._work.fail(refusal, group)
+                else:
+                    self._short = True
+                return []
+        return []
 
     def _all_requests(self) -> list[Request]:
         with self._wake:

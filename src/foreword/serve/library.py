@@ -1,4 +1,4 @@
-"""Library: many tasks on one model. Switching changes one context variable and copies nothing."""
+"""Library: many tasks on one model. Switching to a task on the device changes one context variable, no copy is made."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ from foreword._offloaded import device_of
 from foreword._queries import Queries
 from foreword._views import SitePrefix
 from foreword.conditional import part_of
-from foreword.errors import AttachError, ConfigError, MismatchError, nearest
+from foreword.errors import AttachError, ConfigError, MismatchError
 from foreword.prefix import Prefix
 from foreword.serve._mixing import Choice, view_of
+from foreword.serve.budget import Budget
+from foreword.serve.tiers.forms import prefix_bytes
+from foreword.serve.tiers.holdings import Holdings, Promise
+from foreword.serve.tiers.measuring import token_shares
+from foreword.serve.tiers.usage import Usage
 from foreword.sites import Site
 from foreword.sites import sites as find_sites
+from foreword.storage import Storage
 from foreword.tuning import SiteSlot, require_detached
 
 
@@ -30,6 +36,8 @@ class Library:
     the model is the base model.
 
     Args:
+        budget: bytes that prefixes may take on the device and in CPU memory, and what is done when they are short;
+            None: all are on the device.
         example_inputs: one forward pass's arguments, for models that don't start from token ids.
 
     Raises:
@@ -37,11 +45,17 @@ class Library:
         UnsupportedModelError: nothing can be placed before this model's keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel, *, example_inputs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        budget: Budget | None = None,
+        example_inputs: Mapping[str, Any] | None = None,
+    ) -> None:
         require_detached(model)
         self.model = model
         self.sites: list[Site] = find_sites(model, example_inputs)
-        self._prefixes: dict[str, Prefix] = {}
+        self.holdings = Holdings(budget or Budget(), device_of(model), model.dtype, self.sites)
         self._queries: Queries | None = None
         self._choice: ContextVar[Choice | None] = ContextVar("foreword_choice", default=None)
         self._undo = _interface.install(model)
@@ -51,34 +65,59 @@ class Library:
     @property
     def names(self) -> list[str]:
         """The tasks, in the order that they were added."""
-        return list(self._prefixes)
+        return self.holdings.names
 
     @property
     def prefixes(self) -> dict[str, Prefix]:
-        """The tasks with their prefixes, as they are now."""
-        return dict(self._prefixes)
+        """The tasks with their prefixes, as they are now; copies of those that aren't on the device."""
+        return {name: self.holdings.prefix(name) for name in self.names}
+
+    @property
+    def usage(self) -> Usage:
+        """How many bytes are where, of which tasks, and what was moved so far."""
+        return self.holdings.usage()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._prefixes
+        return name in self.holdings
 
     def __len__(self) -> int:
-        return len(self._prefixes)
+        return len(self.holdings)
 
     def __getitem__(self, name: str) -> Prefix:
-        prefix = self._prefixes.get(name)
-        if prefix is None:
-            raise ConfigError(f"no task is named {name!r}; {nearest(name, self._prefixes)}")
-        return prefix
+        return self.holdings.prefix(name)
 
-    def add(self, name: str, prefix: Prefix, *, force: bool = False) -> None:
-        """Hold a prefix under a task name, on the model's device and in its dtype; an older one is replaced.
+    def add(
+        self,
+        name: str,
+        prefix: Prefix,
+        *,
+        priority: int = 0,
+        pinned: bool = False,
+        shares: Mapping[str, Tensor] | None = None,
+        force: bool = False,
+    ) -> None:
+        """Hold a copy of a prefix under a task name, in the model's dtype; an older one is replaced.
+
+        It goes to the device if there is room; if not, the budget says what is done.
+
+        Args:
+            priority: who is less important makes room for it, and it for those that are as important or more.
+            pinned: it stays on the device, as it is.
+            shares: of attention of its tokens (:meth:`measure_shares`), for budgets that shorten.
+            force: accept a prefix of a base model with other weights (never other shapes).
 
         Raises:
+            BudgetError: the budget leaves no room for it; an older one stays.
             MismatchError: the prefix belongs to another model, or its text starts at another position.
             ConfigError: the name is empty, or the prefix brings trained weights, which all rows would share.
         """
         if not name:
             raise ConfigError("a task needs a name")
+        fitted = self.fitted(name, prefix, force=force)
+        self.holdings.add(name, fitted, priority=priority, pinned=pinned, shares=shares)
+
+    def fitted(self, name: str, prefix: Prefix, *, force: bool = False) -> Prefix:
+        """A prefix as this model's rows can read it. Raises as :meth:`add`."""
         if part_of(prefix) is not None:
             raise ConfigError(
                 f"task {name!r} depends on a condition vector; give it one: library.add({name!r}, prefix.given(vector))"
@@ -100,12 +139,49 @@ class Library:
         if prefix.visible.kind != "all" and self._queries is None:
             self._queries = Queries(self.model, self.sites, offset=0, by_thread=True)
             self._queries.install()
-        self._prefixes[name] = prefix.to(self.model.dtype).to(device_of(self.model))
+        return prefix
+
+    def bytes_of(self, prefix: Prefix, *, storage: Storage | str | None = None) -> int:
+        """Bytes that a prefix will take, known before it is added.
+
+        Args:
+            storage: in few bits, as ``compress`` writes it: ``"int8"``, ``"int4"``; None: as the model reads it.
+        """
+        return prefix_bytes(prefix, storage=storage, dtype=self.model.dtype)
+
+    def measure_shares(
+        self, prefix: Prefix, texts: Sequence[Sequence[int]], *, force: bool = False
+    ) -> dict[str, Tensor]:
+        """Each virtual token's mean share of attention, for :meth:`add`: by site ``(kv_heads, length)``.
+
+        No other pass may run meanwhile: where an engine runs, call it with ``engine.between_steps``.
+
+        Args:
+            prefix: before it is added.
+            texts: token ids of typical prompts, a pass each.
+            force: as of :meth:`add`.
+
+        Raises:
+            ConfigError: there is no text, or one has no token.
+            MismatchError: the prefix is of another model.
+        """
+        return token_shares(self, prefix, texts, force=force)
 
     def remove(self, name: str) -> None:
-        """Forget a task. Blocks that use it now go on with it."""
-        self[name]
-        del self._prefixes[name]
+        """Forget a task. Blocks and requests that use it now go on with it."""
+        self.holdings.remove(name)
+
+    def pin(self, name: str) -> None:
+        """Keep a task on the device, as it is, whatever comes.
+
+        Raises:
+            BudgetError: it isn't on the device, and there is no room.
+        """
+        self.holdings.pin(name, True)
+
+    def unpin(self, name: str) -> None:
+        """It makes room for others again."""
+        self.holdings.pin(name, False)
 
     @contextmanager
     def use(self, tasks: str | Sequence[str | None] | None) -> Iterator[None]:
@@ -115,15 +191,23 @@ class Library:
 
         Raises:
             ConfigError: a task is unknown (the message names near ones), or the list is empty.
+            BudgetError: there is no room for them on the device beside what is used now. A block never waits.
         """
         names = (tasks,) if tasks is None or isinstance(tasks, str) else tuple(tasks)
         if not names:
             raise ConfigError("use([]) names no task; name one task a row of the batch")
         different = list(dict.fromkeys(names))
-        prefixes = tuple(None if n is None else self[n] for n in different)
         rows = None if tasks is None or isinstance(tasks, str) else tuple(different.index(n) for n in names)
-        with self.reading(Choice(prefixes, rows)):
-            yield
+        promise = Promise()
+        held = self.holdings.use(
+            (n for n in different if n is not None), promise, 0 if rows is None else len(different)
+        )
+        try:
+            ready = {h.name: h.ready for h in held}
+            with self.reading(Choice(tuple(None if n is None else ready[n] for n in different), rows)):
+                yield
+        finally:
+            self.holdings.release(held, promise)
 
     @contextmanager
     def reading(self, choice: Choice | None) -> Iterator[None]:
@@ -146,7 +230,7 @@ class Library:
         if self._queries is not None:
             self._queries.remove()
         _interface.uninstall(self._undo)
-        self._prefixes.clear()
+        self.holdings.close()
         return self.model
 
     def view(self, site: str) -> SitePrefix | None:

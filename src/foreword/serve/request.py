@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from foreword.errors import ConfigError
+from foreword.memory import Recall
 from foreword.prefix import Prefix
+from foreword.serve._mixing import recall_of
 from foreword.serve._text import Text
+from foreword.serve.tiers.held import Held
 
 Finish = Literal["stop", "length"]
 MOST_ALTERNATIVES = 20
@@ -117,9 +120,10 @@ class Request:
 
     Args:
         prompt: token ids.
-        prefix: what its rows read; None: the base model.
+        prefix: what its rows read; None: the base model, or not there yet.
         sink: is given each piece, or the error that ended the request.
         deadline: on the clock of ``time.monotonic``; None: it may take as long as it takes.
+        task: the version of a task that ``prefix`` will be, once it is on the device.
     """
 
     def __init__(
@@ -130,16 +134,27 @@ class Request:
         sink: Sink,
         *,
         deadline: float | None = None,
+        task: Held | None = None,
     ) -> None:
         self.prompt = list(prompt)
         self.sampling = sampling
         self.prefix = prefix
-        self.virtual = prefix.longest if prefix is not None else 0  # tokens
+        self.task = task
         self.sink = sink
         self.deadline = deadline
         self.submitted = time.monotonic()
         self.answers: list[Answer] = []
         self.cancelled = False  # set from any thread; the engine looks between steps
+
+    @property
+    def virtual(self) -> int:
+        """Tokens of its prefix."""
+        return self.task.virtual if self.task is not None else self.prefix.longest if self.prefix is not None else 0
+
+    @property
+    def recall(self) -> Recall | None:
+        """How its prefix's memory is read; None: it has none."""
+        return self.task.recall if self.task is not None else recall_of(self.prefix)
 
     @property
     def columns(self) -> int:

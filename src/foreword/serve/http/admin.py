@@ -11,13 +11,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from foreword.errors import ConfigError, MismatchError, PrefixFileError
-from foreword.prefix import Prefix
 from foreword.serve.http.app_state import service_of
 from foreword.serve.http.errors import ApiError
 from foreword.serve.http.logs import event
 from foreword.serve.http.schemas import LoadRequest, Task, Tasks
 from foreword.serve.http.service import Service
 from foreword.serve.shelf import NoPrefixError, check_name
+from foreword.serve.tiers.usage import TaskUse
 
 router = APIRouter(prefix="/admin", tags=["administration"])
 
@@ -27,7 +27,7 @@ async def list_prefixes(request: Request) -> Response:
     service = _open(request)
     shelf = service.settings.shelf
     available = await asyncio.to_thread(shelf.names) if shelf is not None else []
-    tasks = [_task(service, name, prefix) for name, prefix in service.library.prefixes.items()]
+    tasks = [_task(service, name, use) for name, use in service.library.usage.tasks.items()]
     return JSONResponse({"tasks": tasks, "available": available})
 
 
@@ -43,12 +43,13 @@ async def put_prefix(request: Request, name: str, body: LoadRequest) -> Response
     async with service.changing:
         try:
             check_name(name)
-            new = await service.put(name, await asyncio.to_thread(shelf.load, folder), folder)
+            prefix = await asyncio.to_thread(shelf.load, folder)
+            new = await service.put(name, prefix, folder, priority=body.priority, pinned=body.pinned)
         except NoPrefixError as exc:
             raise ApiError(404, str(exc), code="no_prefix", param="folder") from exc
         except (ConfigError, MismatchError, PrefixFileError) as exc:
             raise ApiError(400, str(exc), code="bad_prefix") from exc
-        made = _task(service, name, service.library[name])
+        made = _task(service, name, service.library.usage.tasks[name])
     event("task loaded" if new else "task replaced", task=name, folder=folder, id=request.state.notes.id)
     return JSONResponse(made, 201 if new else 200)
 
@@ -60,7 +61,7 @@ async def delete_prefix(request: Request, name: str) -> Response:
     async with service.changing:
         if service.task(name) is None:
             raise ConfigError("the base model can't be unloaded; expected a task")
-        gone = _task(service, name, service.library[name])
+        gone = _task(service, name, service.library.usage.tasks[name])
         await service.drop(name)
     event("task unloaded", task=name, id=request.state.notes.id)
     return JSONResponse(gone)
@@ -71,9 +72,10 @@ def _open(request: Request) -> Service:
     return service_of(request)
 
 
-def _task(service: Service, name: str, prefix: Prefix) -> dict[str, object]:
+def _task(service: Service, name: str, use: TaskUse) -> dict[str, object]:
     source = service.sources.get(name)
     return {
-        "name": name, "folder": source.folder if source else None, "virtual_tokens": prefix.longest,
-        "bytes": prefix.nbytes, "loaded": source.loaded if source else service.began,
+        "name": name, "folder": source.folder if source else None, "virtual_tokens": use.virtual_tokens,
+        "bytes": use.nbytes, "tier": use.tier, "storage": use.storage, "priority": use.priority, "pinned": use.pinned,
+        "loaded": source.loaded if source else service.began,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from foreword.errors import ConfigError, DeadlineError, ForewordError, OverloadedError, StoppedError
+from foreword.errors import BudgetError, ConfigError, DeadlineError, ForewordError, OverloadedError, StoppedError
 
 _FIELD = re.compile(r"(?!(?:body|query|path|str|int|float|none|nullable)$)[A-Za-z_]\w*")
 
@@ -54,6 +54,11 @@ def told(error: Exception) -> ApiError:
     if isinstance(error, OverloadedError):
         after = {"Retry-After": str(error.retry_after)}
         return ApiError(429, str(error), kind="rate_limit_error", code="queue_full", headers=after)
+    if isinstance(error, BudgetError):
+        if error.retry_after is None:
+            return ApiError(400, str(error), code="no_room")
+        after = {"Retry-After": str(error.retry_after)}
+        return ApiError(429, str(error), kind="rate_limit_error", code="no_room", headers=after)
     if isinstance(error, DeadlineError):
         return ApiError(504, str(error), kind="timeout_error", code="timeout")
     if isinstance(error, StoppedError):

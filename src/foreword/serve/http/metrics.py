@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from foreword.serve.engine import Engine
+from foreword.serve.tiers.usage import Usage
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -48,7 +49,7 @@ class _OfEngine(Collector):
 
     def collect(self) -> Iterable[Metric]:
         stats = self.engine.stats
-        prefixes = list(self.engine.library.prefixes.values())
+        usage = self.engine.library.usage
         for name, text, value in (
             ("rows", "Answers that are being written.", stats.rows),
             ("reading_rows", "Answers whose prompts are being read.", stats.reading),
@@ -56,8 +57,13 @@ class _OfEngine(Collector):
             ("lanes", "Batches that go through the model in a step.", stats.lanes),
             ("padding_columns", "Tokens in the batches that are no row's own.", stats.padding),
             ("kv_bytes", "Bytes allocated for the keys and values of texts.", stats.kv_bytes),
-            ("tasks", "Tasks that are served.", len(prefixes)),
-            ("prefix_bytes", "Bytes of their prefixes.", sum(p.nbytes for p in prefixes)),
+            ("tasks", "Tasks that are served.", len(usage.tasks)),
+            (
+                "prefix_bytes",
+                "Bytes of their prefixes, wherever they are.",
+                sum(t.nbytes for t in usage.tasks.values()),
+            ),
+            ("promised_bytes", "Bytes of the device kept for running requests.", usage.caches),
         ):
             yield GaugeMetricFamily(f"foreword_{name}", text, value=float(value))
         for name, text, value in (
@@ -67,5 +73,24 @@ class _OfEngine(Collector):
             ("steps", "Steps of the engine.", stats.steps),
             ("read_tokens", "Prompt tokens that went through the model.", stats.prompt_tokens),
             ("written_tokens", "Tokens that the model wrote.", stats.written_tokens),
+            ("evictions", "Tasks that were taken off the device.", usage.counts.evictions),
+            ("moves_down", "Tasks moved to CPU memory or to a file.", usage.counts.moves_down),
+            ("moves_up", "Tasks brought to the device.", usage.counts.moves_up),
+            ("compressions", "Tasks written in few bits.", usage.counts.compressions),
+            ("shortenings", "Tasks that lost tokens.", usage.counts.shortenings),
+            ("budget_refusals", "What found no room.", usage.counts.refusals),
         ):
             yield CounterMetricFamily(f"foreword_{name}", text, value=float(value))
+        yield from _of_tiers(usage)
+
+
+def _of_tiers(usage: Usage) -> Iterable[Metric]:
+    held = GaugeMetricFamily("foreword_tier_bytes", "Bytes used in a tier, promised ones included.", labels=["tier"])
+    tasks = GaugeMetricFamily("foreword_tier_tasks", "Tasks whose numbers are in a tier.", labels=["tier"])
+    limits = GaugeMetricFamily("foreword_tier_limit_bytes", "The budget, where there is one.", labels=["tier"])
+    for tier, use in usage.tiers.items():
+        held.add_metric([tier], use.nbytes)
+        tasks.add_metric([tier], use.tasks)
+        if use.limit is not None:
+            limits.add_metric([tier], use.limit)
+    return held, tasks, limits

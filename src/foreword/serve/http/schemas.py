@@ -234,7 +234,11 @@ class Task(BaseModel):
     name: str
     folder: str | None = Field(description="In the folder of prefixes; null where it was named on the command line.")
     virtual_tokens: int
-    bytes: int
+    bytes: int = Field(description="Of its numbers, where they are.")
+    tier: str = Field(description="Where its numbers are: device, cpu or file.")
+    storage: str = Field(description="plain, or in how many bits they are.")
+    priority: int
+    pinned: bool
     loaded: int = Field(description="Unix seconds.")
 
 
@@ -245,6 +249,10 @@ class Tasks(BaseModel):
 
 class LoadRequest(_Body):
     folder: str | None = Field(None, description="A folder in the folder of prefixes; by default named as the task.")
+    priority: int | None = Field(
+        None, ge=-1000, le=1000, description="Who is less important makes room for it; by default what it had, or 0."
+    )
+    pinned: bool | None = Field(None, description="It stays on the device; by default as it was.")
 
 
 class ErrorDetail(BaseModel):

@@ -47,6 +47,7 @@ class Settings:
         force: accept prefixes of a base model with other weights at run time.
         folders: on the shelf, of the tasks that were loaded from there to begin with.
         playground: serve the page at ``/``.
+        texts: token ids of texts that shares of attention are measured on, for a budget that shortens tasks.
     """
 
     base: str
@@ -65,6 +66,7 @@ class Settings:
     force: bool = False
     folders: Mapping[str, str] = field(default_factory=dict)
     playground: bool = True
+    texts: Sequence[list[int]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +114,13 @@ class Service:
             raise ApiError(404, f"no model is named {name[:80]!r}; {near}", code="model_not_found", param="model")
         return name
 
-    async def put(self, name: str, prefix: Prefix, folder: str | None) -> bool:
+    async def put(
+        self, name: str, prefix: Prefix, folder: str | None, *, priority: int | None = None, pinned: bool | None = None
+    ) -> bool:
         """Serve a task, in one step; requests that were taken before keep what they had. Returns whether it is new.
 
         Raises:
-            ForewordError: the prefix doesn't fit the model, or there are too many tasks.
+            ForewordError: the prefix doesn't fit the model or the budget, or there are too many tasks.
         """
         if name == self.settings.base:
             raise ConfigError(f"{name!r} is the base model's name; choose another one for the task")
@@ -125,7 +129,15 @@ class Service:
             new = name not in self.library
             if new and len(self.library) >= self.settings.tasks:
                 raise ConfigError(f"{len(self.library)} tasks are served, which is the most; unload one first")
-            self.library.add(name, prefix, force=self.settings.force)
+            before = self.library.usage.tasks.get(name)
+            shares = None
+            if self.settings.texts:
+                shares = self.library.measure_shares(prefix, self.settings.texts, force=self.settings.force)
+            self.library.add(
+                name, prefix, shares=shares, force=self.settings.force,
+                priority=priority if priority is not None else before.priority if before else 0,
+                pinned=pinned if pinned is not None else before is not None and before.pinned,
+            )  # fmt: skip
             return new
 
         new = await asyncio.wrap_future(self.engine.between_steps(change))

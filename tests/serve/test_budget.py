@@ -1,0 +1,570 @@
+"""Budget: tasks in tiers, who makes room for whom, and that nothing is ever overdrawn, lost or changed unasked."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import foreword as fw
+import zoo
+from foreword.serve.budget import parse_bytes
+from foreword.serve.library import Library
+from foreword.serve.tiers.files import Files
+from foreword.serve.tiers.forms import plain
+from foreword.storage import Storage
+
+MODEL = zoo.build("llama")
+SITES = fw.sites(MODEL)
+TOKEN = sum(s.parameters(1) for s in SITES) * 4  # bytes
+
+
+def make(length, seed=0, model=MODEL):
+    return fw.Prefix.from_tensors(model, zoo.random_prefix(model, fw.sites(model), length, seed))
+
+
+@pytest.fixture
+def library():
+    made = []
+
+    def build(tokens=None, cpu=None, when_full="move,queue,refuse", **options):
+        device = None if tokens is None else tokens * TOKEN
+        held = Library(
+            zoo.build("llama"), budget=fw.Budget(device, None if cpu is None else cpu * TOKEN, when_full, **options)
+        )
+        made.append(held)
+        return held
+
+    yield build
+    for held in made:
+        held.detach()
+
+
+def answer(held, task):
+    with held.use(task):
+        return zoo.logits(held.model, input_ids=zoo.ids(1, 5))
+
+
+def tiers(held):
+    return {name: use.tier for name, use in held.usage.tasks.items()}
+
+
+# ---------------------------------------------------------------- sizes, known before
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(0, 9), st.integers(1, 70)), min_size=1, max_size=4),
+    st.sampled_from(["int8", "int4", "int8:token", "int4:channel"]),
+    st.sampled_from(["int8", "int4", "int4:channel"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(1, 9),
+)
+@settings(deadline=None, max_examples=60)
+def test_sizes_are_known_before_anything_is_made(shapes, keys, values, dtype, most):
+    site = SITES[0]
+    sites = [
+        fw.Site(**{**site.to_json(), "name": f"s{i}", "kv_heads": g, "heads": g, "key_dim": d, "value_dim": d + 1})
+        for i, (g, _, d) in enumerate(shapes)
+    ]
+    made = fw.Prefix(
+        {f"s{i}": torch.randn(g, n, d).to(dtype) for i, (g, n, d) in enumerate(shapes)},
+        {f"s{i}": torch.randn(g, n, d + 1).to(dtype) for i, (g, n, d) in enumerate(shapes)},
+        sites,
+        log_weights={"s0": torch.zeros(shapes[0][1], dtype=dtype)},
+        bias={"s0": torch.zeros(shapes[0][0], dtype=dtype)},
+    )
+    form, storage = plain(made), Storage.of(keys, values)
+    assert form.size(None, dtype) == form.nbytes == made.nbytes
+    packed = form.packed(storage)
+    assert form.size(storage, dtype) == packed.size(storage, dtype) == packed.nbytes
+    assert packed.size(None, dtype) == form.nbytes
+    if made.longest:
+        cut = plain(made.slice(0, most))
+        assert form.size(None, dtype, most=most) == cut.nbytes
+        assert form.size(storage, dtype, most=most) == cut.packed(storage).nbytes
+
+
+def test_what_a_library_says_before_is_what_it_holds(library):
+    held, prefix = library(), make(40)
+    held.add("a", prefix)
+    assert held.bytes_of(prefix) == 40 * TOKEN == held.usage.tiers["device"].nbytes
+    few = library(14, when_full="compress")
+    few.add("a", prefix)
+    assert few.bytes_of(prefix, storage="int8") == few.usage.tiers["device"].nbytes == few.usage.tasks["a"].nbytes
+    assert few.usage.tasks["a"].storage == "int8"
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("500000", 500000), ("200MB", 200 * 10**6), ("1.5 GiB", 3 << 29), ("2k", 2000), ("7b", 7)]
+)
+def test_bytes_as_people_write_them(text, nbytes):
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1", "1.5.2", "3TB", "0x10"])
+def test_what_is_no_number_of_bytes(text):
+    with pytest.raises(fw.ConfigError, match="no number of bytes"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_bytes": 0}, "1 or more"),
+        ({"cpu_bytes": -1}, "0 or more"),
+        ({"device_bytes": True}, "whole number"),
+        ({"when_full": "shout"}, "'shout' is none of these"),
+        ({"when_full": ()}, "empty"),
+        ({"when_full": "move,move"}, "twice"),
+        ({"when_full": "refuse,move"}, "'move' after 'refuse'"),
+        ({"when_full": "queue,move,refuse"}, "'move' after 'queue'"),
+        ({"storage": "plain"}, "few bits"),
+        ({"storage": "int3"}, "int3"),
+        ({"keep": 1.0}, "below 1"),
+    ],
+)
+def test_budgets_that_make_no_sense(options, message):
+    with pytest.raises(fw.ConfigError, match=message):
+        fw.Budget(**options)
+
+
+# ---------------------------------------------------------------- moves
+
+
+def test_tasks_move_down_and_come_back_bit_equal(library):
+    held = library(8, cpu=6)
+    before = {}
+    for seed, name in enumerate("abcdef"):
+        held.add(name, make(4, seed))
+        before[name] = answer(held, name)
+    assert sum(u.device_bytes > 0 for u in held.usage.tasks.values()) == 2
+    assert set(tiers(held).values()) == {"device", "cpu", "file"}
+    for name in "abcdeffedcbabdf":
+        assert torch.equal(answer(held, name), before[name])
+        use = held.usage.tiers
+        assert use["device"].nbytes <= 8 * TOKEN and use["cpu"].nbytes <= 6 * TOKEN
+    assert held.usage.counts.evictions and held.usage.counts.moves_up and not held.usage.counts.refusals
+
+
+def test_a_newcomer_disturbs_nobody_of_its_rank_and_the_lowest_go_first(library):
+    held = library(8)
+    held.add("low", make(4, 0), priority=-1)
+    held.add("plain", make(4, 1))
+    held.add("new", make(4, 2))
+    assert tiers(held) == {"low": "cpu", "plain": "device", "new": "device"}
+    held.add("newer", make(4, 3))
+    assert tiers(held)["newer"] == "cpu"
+    answer(held, "plain")
+    answer(held, "newer")  # it is used: whoever was used least recently goes
+    assert tiers(held) == {"low": "cpu", "plain": "device", "new": "cpu", "newer": "device"}
+
+
+def test_high_ranks_are_not_moved_for_low_ones(library):
+    held = library(4)
+    held.add("high", make(4, 0), priority=5)
+    held.add("low", make(4, 1))
+    with pytest.raises(fw.BudgetError, match=r"above priority 0 \d") as caught, held.use("low"):
+        pass
+    assert (caught.value.needed, caught.value.free, caught.value.limit) == (4 * TOKEN, 0, 4 * TOKEN)
+    assert tiers(held) == {"high": "device", "low": "cpu"} and held.usage.counts.refusals == 1
+    held.remove("high")
+    answer(held, "low")
+
+
+def test_pinned_ones_stay(library):
+    held = library(8)
+    held.add("fixed", make(4, 0), pinned=True)
+    for seed, name in enumerate("abc"):
+        held.add(name, make(4, seed), priority=9)
+        answer(held, name)
+    assert tiers(held)["fixed"] == "device" and held.usage.tasks["fixed"].pinned
+    with pytest.raises(fw.BudgetError, match="pinned ones"):
+        held.add("wide", make(5, 9), priority=9, pinned=True)
+    assert "wide" not in held
+    held.unpin("fixed")
+    held.add("wide", make(5, 9), priority=9, pinned=True)
+    assert tiers(held)["wide"] == "device" and tiers(held)["fixed"] != "device"
+    with pytest.raises(fw.BudgetError, match="pinned ones"):
+        held.pin("fixed")
+    assert not held.usage.tasks["fixed"].pinned
+
+
+def test_without_moves_what_finds_no_room_is_refused_and_the_rest_stays(library):
+    held = library(6, when_full="refuse")
+    held.add("a", make(4, 0))
+    want = answer(held, "a")
+    with pytest.raises(fw.BudgetError, match=r"task 'b' needs [\d,]+ bytes on the device; [\d,]+ of [\d,]+ are free"):
+        held.add("b", make(4, 1))
+    assert held.names == ["a"]
+    held.add("a", make(5, 3))  # the room of what it replaces is its own
+    assert not torch.equal(answer(held, "a"), want)
+    with pytest.raises(fw.BudgetError):
+        held.add("a", make(7, 3))
+    assert held.usage.tasks["a"].virtual_tokens == 5 and held.usage.tiers["device"].nbytes == 5 * TOKEN
+
+
+def test_few_bits_take_less_and_answers_stay_the_same_after_the_first_time(library):
+    held = library(45, when_full="compress,refuse")
+    before = {}
+    for seed, name in enumerate(("a", "b", "c")):
+        held.add(name, make(20, seed))
+    for name in ("a", "b", "c"):
+        before[name] = answer(held, name)
+    assert held.usage.counts.compressions >= 2
+    for name in "abcba":
+        assert torch.equal(answer(held, name), before[name])
+        assert held.usage.tiers["device"].nbytes <= 45 * TOKEN
+    exact = library()
+    for seed, name in enumerate(("a", "b", "c")):
+        exact.add(name, make(20, seed))
+        torch.testing.assert_close(answer(exact, name), before[name], atol=0.05, rtol=0.05)
+
+
+def test_what_came_from_few_bits_goes_back_without_loss(library, tmp_path):
+    make(20, 1).save(tmp_path / "p", storage="int4")
+    loaded = fw.Prefix.load(tmp_path / "p")
+    free, tight = library(), library(36, when_full="compress")
+    for held in (free, tight):
+        held.add("a", loaded)
+        held.add("b", make(20, 2))
+    answer(tight, "b")
+    assert tight.usage.tasks["a"].storage == "int4" and tight.usage.tasks["b"].storage == "int8"
+    assert torch.equal(answer(tight, "a"), answer(free, "a"))
+
+
+def test_fewer_tokens_are_those_with_the_largest_shares(library):
+    held, prefix = library(6, when_full="shorten", keep=0.5), make(8, 4)
+    shares = held.measure_shares(prefix, [zoo.ids(1, 6, s)[0].tolist() for s in range(3)])
+    found = torch.zeros(SITES[0].kv_heads, 8)
+    for seed in range(3):
+        tuning = fw.attach(zoo.build("llama"), prefix)
+        from foreword.shares import measured_shares
+
+        with measured_shares(tuning.model, by_token=True) as got, torch.no_grad():
+            tuning.model(input_ids=zoo.ids(1, 6, seed))
+        found += got[SITES[0].name].sum((0, 2)).unflatten(0, (SITES[0].kv_heads, -1)).mean(1) / 18
+    torch.testing.assert_close(shares[SITES[0].name], found, atol=1e-5, rtol=1e-4)
+    held.add("a", prefix, shares=shares)
+    use = held.usage.tasks["a"]
+    assert use.virtual_tokens == 4 and held.usage.counts.shortenings == 1
+    from foreword.compression import prune
+
+    assert held["a"] == prune(prefix, shares, 4, uniform=True)
+    with pytest.raises(fw.BudgetError):  # without shares there is nothing to go by
+        held.add("b", make(8, 5))
+
+
+def test_a_model_in_half_precision(library):
+    model = zoo.build("llama").bfloat16()
+    held = Library(model, budget=fw.Budget(4 * TOKEN // 2, TOKEN, "move"))
+    for seed in range(3):
+        held.add(f"t{seed}", make(4, seed, zoo.build("llama")))
+    before = [answer(held, f"t{s}") for s in range(3)]
+    assert all(torch.equal(answer(held, f"t{s}"), before[s]) for s in range(3))
+    assert held.usage.tiers["device"].nbytes == 4 * TOKEN // 2
+
+
+# ---------------------------------------------------------------- files
+
+
+def resident(tensor):
+    """Bytes of a tensor that are in this process's memory, in whole pages."""
+    page = 4096
+    first, last = tensor.data_ptr() // page + 1, (tensor.data_ptr() + tensor.nbytes) // page - 1
+    with Path("/proc/self/pagemap").open("rb") as file:
+        file.seek(first * 8)
+        entries = file.read((last - first) * 8)
+    return sum(int.from_bytes(entries[i : i + 8], "little") >> 63 for i in range(0, len(entries), 8)) * page
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux's page map")
+def test_mapped_files_take_no_memory_until_they_are_read(tmp_path):
+    files = Files(tmp_path)
+    mapped = files.write({"a": torch.randn(1 << 20), "none": torch.empty(0, 3)})
+    tensor = mapped.tensors["a"]
+    assert resident(tensor) == 0
+    total = float(tensor.sum())
+    assert resident(tensor) > 3 << 20
+    mapped.let_go()
+    assert resident(tensor) == 0 and float(tensor.sum()) == total
+    files.remove(mapped)
+    assert files.nbytes == 0 and float(tensor.sum()) == total  # whoever has it can read it still
+    assert mapped.tensors["none"].shape == (0, 3)
+    folder = files._folder
+    files.close()
+    assert not folder.exists() and not list(tmp_path.iterdir())
+
+
+def test_the_folder_goes_with_the_library(library, tmp_path):
+    held = library(4, cpu=0, folder=tmp_path / "deep" / "er")
+    for seed in range(3):
+        held.add(f"t{seed}", make(4, seed))
+    files = list((tmp_path / "deep" / "er").rglob("*.safetensors"))
+    assert len(files) == 2 and held.usage.tiers["file"].nbytes == 8 * TOKEN
+    held.remove("t1")
+    assert sum(f.exists() for f in files) == 1
+    folder = files[0].parent
+    held.holdings.close()
+    del held
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_a_disk_that_is_full_loses_nothing(library, monkeypatch):
+    held = library(8, cpu=0)
+    held.add("a", make(4, 0))
+    held.add("b", make(4, 1))
+    before = {n: answer(held, n) for n in "ab"}
+
+    def full(self, tensors):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Files, "write", full)
+        with pytest.raises(fw.BudgetError, match="no file can be written"):
+            held.add("c", make(4, 2))
+        with pytest.raises(fw.BudgetError):
+            held.add("c", make(4, 2), priority=1)
+        assert held.names == ["a", "b"] and all(torch.equal(answer(held, n), before[n]) for n in "ab")
+    held.add("c", make(4, 2), priority=1)
+    assert tiers(held)["c"] == "device" and list(tiers(held).values()).count("file") == 1
+
+
+def test_an_unwritable_folder(library, tmp_path):
+    (tmp_path / "file").write_text("")
+    held = library(4, cpu=0, folder=tmp_path / "file")
+    held.add("a", make(4))
+    with pytest.raises(fw.BudgetError, match="no file can be written"):
+        held.add("b", make(4))
+
+
+# ---------------------------------------------------------------- use, by many at once
+
+
+def test_what_is_in_use_is_not_touched(library):
+    held = library(8)
+    for seed, name in enumerate("abc"):
+        held.add(name, make(4, seed))
+    with held.use("a"), held.use("b"):
+        with pytest.raises(fw.BudgetError, match="tasks in use"), held.use("c"):
+            pass
+        assert tiers(held) == {"a": "device", "b": "device", "c": "cpu"}
+    answer(held, "c")
+
+
+def test_a_removed_or_replaced_task_counts_while_it_is_used(library):
+    held = library(8, when_full="refuse")
+    held.add("a", make(4, 0))
+    want = answer(held, "a")
+    with held.use("a"):
+        held.remove("a")
+        assert held.usage.leaving == 1 and held.usage.tiers["device"].nbytes == 4 * TOKEN
+        with pytest.raises(fw.BudgetError):
+            held.add("b", make(5, 1))
+        held.add("a", make(4, 2))
+        assert torch.equal(zoo.logits(held.model, input_ids=zoo.ids(1, 5)), want)
+    assert held.usage.leaving == 0 and held.usage.tiers["device"].nbytes == 4 * TOKEN
+    assert not torch.equal(answer(held, "a"), want)
+
+
+def test_mixed_rows_count_the_copies_that_they_read(library):
+    held = library(40)
+    for seed, name in enumerate("abc"):
+        held.add(name, make(4, seed))
+    with held.use(["a", "b", None]):
+        zoo.logits(held.model, input_ids=zoo.ids(3, 5))
+        views = held._choice.get().views.values()
+        copies = sum(t.nbytes for v in views for t in (v.keys, v.values, v.visible, v.bias) if t is not None)
+        assert copies <= held.usage.caches < 2 * copies
+    assert held.usage.caches == 0
+    tight = library(9)
+    for seed, name in enumerate("ab"):
+        tight.add(name, make(4, seed))
+    answer(tight, "a")  # one task for all rows is read where it is
+    with pytest.raises(fw.BudgetError, match=r"what its rows read|what requests read"), tight.use(["a", "b"]):
+        pass
+    assert tight.usage.caches == 0 and all(u.users == 0 for u in tight.usage.tasks.values())
+
+
+def test_threads_that_crowd_each_other_out_read_their_own(library):
+    held = library(8)
+    names = [f"t{i}" for i in range(6)]
+    for seed, name in enumerate(names):
+        held.add(name, make(4, seed))
+    want, wrong, refused = {n: answer(held, n) for n in names}, [], [0]
+
+    def work(name):
+        for _ in range(15):
+            try:
+                if not torch.equal(answer(held, name), want[name]):
+                    wrong.append(name)
+            except fw.BudgetError:
+                refused[0] += 1
+            if held.usage.tiers["device"].nbytes > 8 * TOKEN:
+                wrong.append("over")
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in names]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong and held.names == names and all(u.users == 0 for u in held.usage.tasks.values())
+    assert all(torch.equal(answer(held, n), want[n]) for n in names)
+
+
+def test_asyncio_tasks_that_crowd_each_other_out(library):
+    held = library(12)
+    for seed, name in enumerate("abc"):
+        held.add(name, make(4, seed))
+    held.add("d", make(4, 7))
+    want = {n: answer(held, n) for n in "abcd"}
+
+    async def work(name):
+        for _ in range(4):
+            try:
+                with held.use(name):
+                    await asyncio.sleep(0)
+                    assert torch.equal(zoo.logits(held.model, input_ids=zoo.ids(1, 5)), want[name])
+            except fw.BudgetError:
+                assert sum(u.users for u in held.usage.tasks.values()) == 3
+            await asyncio.sleep(0)
+
+    async def main():
+        await asyncio.gather(*map(work, "abcd"))
+
+    asyncio.run(main())
+    assert all(u.users == 0 for u in held.usage.tasks.values())
+
+
+# ---------------------------------------------------------------- any sequence
+
+
+class Life(RuleBasedStateMachine):
+    """Tasks come and go, are used, pinned, replaced: against what must hold whatever happens."""
+
+    def __init__(self):
+        super().__init__()
+        self.expected, self.open, self.pinned, self.changes = {}, [], set(), 0
+
+    @initialize(
+        tokens=st.integers(6, 30), cpu=st.integers(0, 20),
+        acts=st.sets(st.sampled_from(["compress", "move"])).flatmap(lambda s: st.permutations(sorted(s))),
+    )  # fmt: skip
+    def begin(self, tokens, cpu, acts):
+        self.lossless = "compress" not in acts
+        self.limits = tokens * TOKEN, cpu * TOKEN
+        self.held = Library(zoo.build("llama"), budget=fw.Budget(*self.limits, [*acts, "refuse"]))
+
+    def names(self):
+        return sorted(self.expected)
+
+    @rule(name=st.sampled_from("abcdefgh"), length=st.integers(1, 12), priority=st.integers(-1, 1), pin=st.booleans())
+    def add(self, name, length, priority, pin):
+        self.changes += 1
+        before, prefix = self.held.usage, make(length, self.changes)
+        pin = pin and len(self.pinned) < 2
+        try:
+            self.held.add(name, prefix, priority=priority, pinned=pin)
+        except fw.BudgetError as exc:
+            assert exc.limit == self.limits[0] and exc.needed > exc.free
+            after = self.held.usage
+            assert after.tasks == before.tasks, "a refusal changed something"
+            return
+        self.expected[name] = prefix
+        (self.pinned.add if pin else self.pinned.discard)(name)
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def remove(self, data):
+        name = data.draw(st.sampled_from(self.names()))
+        self.held.remove(name)
+        del self.expected[name]
+        self.pinned.discard(name)
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data(), on=st.booleans())
+    def pin(self, data, on):
+        name = data.draw(st.sampled_from(self.names()))
+        try:
+            self.held.pin(name) if on else self.held.unpin(name)
+        except fw.BudgetError:
+            return
+        (self.pinned.add if on else self.pinned.discard)(name)
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def enter(self, data):
+        name = data.draw(st.sampled_from(self.names()))
+        ranks = {n: u.priority for n, u in self.held.usage.tasks.items()}
+        before = {n for n, u in self.held.usage.tasks.items() if u.device_bytes}
+        block = self.held.use(name)
+        try:
+            block.__enter__()
+        except fw.BudgetError:
+            return
+        gone = before - {n for n, u in self.held.usage.tasks.items() if u.device_bytes}
+        assert all(ranks[n] <= ranks[name] for n in gone), "a task of higher rank made room"
+        self.open.append((block, self.expected[name], self.held._choice.get().prefixes[0]))
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def leave(self):
+        block, prefix, read = self.open.pop()
+        self.same(prefix, read)
+        block.__exit__(None, None, None)
+
+    def same(self, prefix, read):
+        if self.lossless:
+            assert read == prefix
+        else:
+            for name, keys in prefix.keys.items():
+                torch.testing.assert_close(read.keys[name], keys, atol=0.05, rtol=0.05)
+
+    @invariant()
+    def budgets_hold(self):
+        if not hasattr(self, "held"):
+            return
+        usage, holdings = self.held.usage, self.held.holdings
+        assert usage.tiers["device"].most <= self.limits[0] and usage.tiers["cpu"].most <= self.limits[1]
+        everyone = list(holdings._everyone())
+        assert usage.tiers["device"].nbytes == sum(h.device_bytes for h in everyone)
+        assert usage.tiers["cpu"].nbytes == sum(h.form.nbytes for h in everyone if h.tier == "cpu")
+        assert usage.tiers["file"].nbytes == sum(h.form.nbytes for h in everyone if h.tier == "file")
+        assert all(h.size == h.form.nbytes and h.tier for h in everyone)
+        assert all(h.ready is None or h.ready.nbytes == h.whole for h in everyone)
+
+    @invariant()
+    def none_is_lost(self):
+        if not hasattr(self, "held"):
+            return
+        assert set(self.held.names) == set(self.expected)
+        for name, prefix in self.expected.items():
+            self.same(prefix, self.held[name])
+
+    @invariant()
+    def pinned_ones_are_there(self):
+        if hasattr(self, "held"):
+            assert all(self.held.holdings.find(n).ready is not None for n in self.pinned)
+
+    def teardown(self):
+        while self.open:
+            self.leave()
+        if hasattr(self, "held"):
+            for name in self.held.names:
+                self.held.remove(name)
+            assert self.held.usage.tiers["device"].nbytes == self.held.usage.tiers["cpu"].nbytes == 0
+            assert self.held.usage.tiers["file"].nbytes == 0
+            self.held.detach()
+
+
+Life.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestLife = Life.TestCase
