@@ -33,11 +33,12 @@ def directly(name, prefix, tokens, strength=1.0, boundary=0):
     return {site: share[0].mean(0) for site, share in found.items()}
 
 
-def measure(held, prefix, tokens, strength=1.0, **options):
-    made = Measurement(held, prefix, strength, tokens, **{"output_from": len(tokens), "step_tokens": 4, **options})
+def measure(held, task, tokens, strength=1.0, **options):
+    made = Measurement(held, task, strength, tokens, **{"output_from": len(tokens), "step_tokens": 4, **options})
     passes = 1
     while not made.go_on():
         passes += 1
+    made.close()
     return made.shares, passes
 
 
@@ -51,7 +52,7 @@ def same(found, want):
 @pytest.mark.parametrize("strength", [1.0, 2.5])
 def test_a_text_read_by_parts_has_the_shares_of_the_whole(name, strength):
     held, tokens = engines.library(name), engines.prompt(11)
-    found, passes = measure(held, held["long"], tokens, strength)
+    found, passes = measure(held, "long", tokens, strength)
     assert passes == 3
     same(found, directly(name, held["long"], tokens, strength))
     assert 0.01 < torch.stack(list(found.values())).mean() < 0.99
@@ -67,7 +68,7 @@ def test_prefixes_that_only_the_output_sees_and_gates():
         tuning.detach()
         held = Library(model)
         held.add("task", prefix)
-        found, _ = measure(held, held["task"], tokens, output_from=6)
+        found, _ = measure(held, "task", tokens, output_from=6)
         held.detach()
         same(found, directly("llama", prefix, tokens, boundary=6))
         first = next(iter(found.values()))
@@ -78,9 +79,34 @@ def test_prefixes_that_only_the_output_sees_and_gates():
 def test_many_heads_are_read_in_smaller_parts(monkeypatch):
     monkeypatch.setattr("foreword.serve.measuring._MOST_SCORES", 4 * 11 * 2)
     held, tokens = engines.library(), engines.prompt(11)
-    found, passes = measure(held, held["short"], tokens, step_tokens=512)
+    found, passes = measure(held, "short", tokens, step_tokens=512)
     assert passes == 6
     same(found, directly("llama", held["short"], tokens))
+
+
+def test_a_budget_counts_the_text_and_the_task_until_it_is_closed():
+    model, prefix, tokens = zoo.build("llama"), engines.library()["long"], engines.prompt(11)
+    need = Library.bytes_of(held := Library(model), prefix)
+    held.detach()
+    for room, fits in ((1100, True), (1099, False)):
+        held = Library(model, budget=fw.Budget(device_bytes=need + room, when_full="refuse"))
+        held.add("task", prefix)
+        before = held.usage
+        made = Measurement(held, "task", 1.0, tokens, output_from=11, step_tokens=4, column_bytes=100)
+        if fits:
+            made.go_on()
+            assert held.usage.caches == 1100 and held.usage.tasks["task"].users == 1
+        else:
+            with pytest.raises(fw.BudgetError, match="1,100"):
+                made.go_on()
+        held.remove("task")  # it goes on with the task that it has
+        if fits:
+            assert made.go_on() is False
+        made.close()
+        made.close()
+        assert made.go_on()  # closed: nothing to do
+        assert held.usage.caches == 0 and held.usage.tiers["device"].nbytes == 0 < before.tiers["device"].nbytes
+        held.detach()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
-from foreword.errors import DeadlineError, OverloadedError
+from foreword.errors import DeadlineError, OverloadedError, StoppedError
 from foreword.serve.http.app_state import service_of
 from foreword.serve.http.errors import ApiError
 from foreword.serve.http.schemas import Shares, SharesRequest
@@ -30,25 +30,22 @@ async def measure_shares(request: Request, body: SharesRequest) -> Response:
     notes.route = "shares"
     task = service.task(body.model)
     notes.model = body.model  # known: it is a label of numbers
-    prefix = service.library[task] if task is not None else None
     prompt, answer = await _tokens(service, body)
-    tokens = prompt + answer
-    measured = await unless_gone(
-        request.receive,
-        _measured(
-            service,
-            Measurement(
-                service.library, prefix, body.strength, tokens, output_from=len(prompt),
-                step_tokens=service.engine.limits.step_tokens,
-            ),
-        ),
+    tokens, engine = prompt + answer, service.engine
+    measurement = Measurement(
+        service.library, task, body.strength, tokens, output_from=len(prompt), step_tokens=engine.limits.step_tokens,
+        column_bytes=engine.column_bytes,
     )  # fmt: skip
+    try:
+        measured = await unless_gone(request.receive, _measured(service, measurement))
+    finally:
+        _close(service, measurement)
     service.metrics.tokens.labels(body.model, "measured").inc(len(tokens))
     notes.fields |= {"measured_tokens": len(tokens)}
     edges = _edges(len(tokens), body.columns)
     return JSONResponse({
         "object": "foreword.shares", "model": body.model, "strength": body.strength,
-        "virtual_tokens": prefix.longest if prefix is not None else 0,
+        "virtual_tokens": measurement.virtual_tokens,
         "prompt_tokens": len(prompt), "tokens": len(tokens), "edges": edges,
         "layers": [
             {"site": site, "share": _means(share, edges), "mean": _means(share, [0, len(tokens)])[0]}
@@ -81,6 +78,7 @@ async def _measured(service: Service, measurement: Measurement) -> dict[str, Ten
 
     Raises:
         OverloadedError: as many wait as may.
+        BudgetError: there is no room for it.
         DeadlineError: it took too long, its turn included.
     """
     turns, seconds = service.measuring, service.settings.seconds
@@ -96,6 +94,14 @@ async def _measured(service: Service, measurement: Measurement) -> dict[str, Ten
     finally:
         turns.waiting -= 1
     return measurement.shares
+
+
+def _close(service: Service, measurement: Measurement) -> None:
+    """Where no pass of it can be under way."""
+    try:
+        service.engine.between_steps(measurement.close)
+    except StoppedError:
+        measurement.close()
 
 
 def _edges(tokens: int, columns: int) -> list[int]:
