@@ -35,6 +35,7 @@ def execute(path: Path, *, timeout: float = 1800) -> Any:
     # Which python3 a kernel is, is the machine's business: it is the one that runs this.
     NotebookClient(
         notebook, timeout=timeout, kernel_name="python3", record_timing=False, coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(path.parent)}},
     ).execute(env={**os.environ, "PYTHONWARNINGS": _NO_WIDGETS})  # fmt: skip
     notebook.metadata["language_info"] = {"name": "python"}

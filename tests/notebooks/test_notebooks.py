@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib
 import nbformat
 import pytest
 
@@ -159,6 +160,20 @@ def test_the_tables_are_of_the_results_that_are_stored(preset):
             assert line["label"] in shown and f"{line['tests']['test']['loss']['mean']:.3f}" in shown, "run 04 again"
 
 
+def test_the_tables_are_made_of_what_a_comparison_leaves(monkeypatch):
+    """All of 04 but its live comparison, which is the last cell."""
+    matplotlib.use("Agg")
+    monkeypatch.chdir(LAB)
+    shared = {}
+    *cells, live = codes(read("04-Compare.ipynb"))
+    assert "comparison.run" in live
+    for cell in cells:
+        exec(compile(cell, "04-Compare", "exec"), shared)
+    table = shared["show"](shared["length"]).data.split("\n")
+    assert len(table) == 2 + len(shared["length"]["rows"])
+    assert len({line.count("|") for line in table}) == 1
+
+
 # ---------------------------------------------------------------- running them
 
 
@@ -202,6 +217,7 @@ def after(text, label):
 def short(monkeypatch):
     monkeypatch.setenv("LAB_STEPS", "2")
     monkeypatch.setenv("LAB_SAMPLES", "2")
+    monkeypatch.setenv("LAB_TEXTS", "2")
 
 
 @pytest.mark.slow
@@ -219,10 +235,14 @@ def test_the_lab_runs_with_two_steps_of_training(lab, short, monkeypatch):
     said = execute(lab, "02-Train.ipynb", monkeypatch)
     for task in ("positive", "negative"):
         assert fw.Prefix.load(lab / "runs" / "lab" / task).longest == 18
-        assert after(said, f"{task}: base") > after(said, f"{task}: base {after(said, f'{task}: base'):.3f}, start")
+        base, start = re.search(rf"{task}: base ([\d.]+), start ([\d.]+)", said).groups()
+        assert float(start) < float(base)  # a text about the task is a good start
     said = execute(lab, "03-Inference.ipynb", monkeypatch)
     assert after(said, "right on") > 70
     assert after(said, "text from 0 - text from 18") < 1e-3
+    said = execute(lab, "05-Look-inside.ipynb", monkeypatch)
+    assert 0 < after(said, "least") < after(said, "mean") < after(said, "most") < 1
+    assert after(said, "with the prefix") < after(said, "loss: base")
 
 
 @pytest.mark.slow
