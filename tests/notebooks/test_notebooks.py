@@ -244,7 +244,7 @@ def test_the_lab_runs_with_two_steps_of_training(lab, short, monkeypatch):
     assert after(said, "right on") > 70
     assert after(said, "text from 0 - text from 18") < 1e-3
     said = execute(lab, "05-Look-inside.ipynb", monkeypatch)
-    assert 0 < after(said, "least") < after(said, "mean") < after(said, "most") < 1
+    assert 0 < after(said, "least") < after(said, "mean") < after(said, "most") <= 1  # as printed
     assert after(said, "with the prefix") < after(said, "loss: base")
 
 
