@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format bench wheel clean
+.PHONY: demo test lint format bench notebooks wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/foreword demo --overwrite
@@ -15,18 +15,22 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples notebooks
+	$(BIN)/ruff format --check src tests benchmarks examples notebooks
 	$(BIN)/mypy
 
 format: $(VENV)/.dev
-	$(BIN)/ruff format src tests benchmarks examples
-	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples notebooks
+	$(BIN)/ruff check --fix src tests benchmarks examples notebooks
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/generation.py
+
+# Runs the lab from top to bottom and stores what it prints and draws; some 20 minutes on two cores.
+notebooks: $(VENV)/.dev
+	$(BIN)/python notebooks/run.py
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel
