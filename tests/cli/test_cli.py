@@ -265,6 +265,7 @@ def refusals(folder, data, tmp, trained):
         "not a model": (("generate", "--model", tmp, "--prompt", "a"), "has no config.json"),
         "no data": (("train", "--model", folder, "--data", tmp / "none.jsonl", "--out", tmp / "o"), "none.jsonl"),
         "bad json": ((*train[:4], bad_json, *train[5:]), "bad.jsonl:2: malformed JSON"),
+        "map twice": ((*train, "--column", "input=a", "--column", "input=b"), "--column names 'input' twice"),
         "bad map": ((*train, "--column", "input"), "--column 'input' is not of the form KEY=VALUE"),
         "no such column": ((*train, "--column", "input=nothing"), "nothing"),
         "nothing left": ((*train, "--where", "label=7"), "label"),
@@ -306,9 +307,9 @@ def refused(folder, data, trained, tmp_path_factory):
 
 
 NAMES = (
-    "no model", "not a model", "no data", "bad json", "bad map", "no such column", "nothing left", "bad init",
-    "empty init", "short init", "negative length", "bad sites", "broken sites", "bad kinds", "bad dtype", "bad rate",
-    "no epochs", "out is taken", "out is a file", "no out", "no resume", "no start", "other model",
+    "no model", "not a model", "no data", "bad json", "map twice", "bad map", "no such column", "nothing left",
+    "bad init", "empty init", "short init", "negative length", "bad sites", "broken sites", "bad kinds", "bad dtype",
+    "bad rate", "no epochs", "out is taken", "out is a file", "no out", "no resume", "no start", "other model",
     "no prefix", "corrupt", "corrupt, inspected", "no folder", "no prompt", "empty prompt", "no prompts file",
     "latin prompts", "no template", "n alone", "n and beams", "taken by others", "not a demo",
 )  # fmt: skip

@@ -36,11 +36,13 @@ def pairs(options: Sequence[str], name: str) -> dict[str, str]:
     """``["a=b", …]`` as a dict.
 
     Raises:
-        ConfigError: an option without ``=``.
+        ConfigError: an option without ``=``, or two of one key.
     """
-    found = {}
+    found: dict[str, str] = {}
     for option in options:
         key, equals, value = option.partition("=")
+        if key in found:
+            raise ConfigError(f"{name} names {key!r} twice; expected different names")
         if not equals or not key:
             raise ConfigError(f"{name} {option!r} is not of the form KEY=VALUE")
         found[key] = value

@@ -44,7 +44,7 @@ class TaskSources:
         Raises:
             ConfigError: an option is malformed, names a task twice, or one that there is not.
         """
-        named, valid = unique(tasks, "--task"), unique(valid_tasks, "--valid-task")
+        named, valid = pairs(tasks, "--task"), pairs(valid_tasks, "--valid-task")
         if unknown := [name for name in valid if name not in named]:
             raise ConfigError(f"--valid-task names {unknown[0]!r}, and --task does not; there are: {', '.join(named)}")
         if missing := [name for name in named if valid and name not in valid]:
@@ -72,20 +72,6 @@ class TaskSources:
             if held_out is not None:
                 valid[name] = held_out
         return train, valid
-
-
-def unique(options: Sequence[str], name: str) -> dict[str, str]:
-    """``["a=b", …]`` as a dict.
-
-    Raises:
-        ConfigError: an option without ``=``, or two of one name.
-    """
-    found = pairs(options, name)
-    if len(found) < len(options):
-        names = [option.partition("=")[0] for option in options]
-        twice = next(n for n in names if names.count(n) > 1)
-        raise ConfigError(f"{name} names {twice!r} twice; expected different names")
-    return found
 
 
 def _own(options: Sequence[str], task: str, tasks: Mapping[str, str]) -> list[str]:

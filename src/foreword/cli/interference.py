@@ -7,8 +7,8 @@ from typing import Annotated
 
 from typer import Option
 
-from foreword.cli._shared import print_json, quiet
-from foreword.cli._tasks import TaskSources, unique
+from foreword.cli._shared import pairs, print_json, quiet
+from foreword.cli._tasks import TaskSources
 from foreword.errors import PrefixFileError
 
 _DATA = "Data"
@@ -88,4 +88,4 @@ def _folders(options: list[str]) -> dict[str, Path]:
                 f"--prefix {option}: expected NAME=FOLDER, or a folder that holds a prefix or one of each task"
             )
         named += [f"{f.parent.name}={f.parent}" for f in inside]
-    return {name: Path(folder) for name, folder in unique(named, "--prefix").items()}
+    return {name: Path(folder) for name, folder in pairs(named, "--prefix").items()}

@@ -12,7 +12,6 @@ from typer import Option
 from foreword.cli._data import Source
 from foreword.cli._methods import Gate, Method, Reparam, configs
 from foreword.cli._shared import pairs, print_json, quiet
-from foreword.errors import ConfigError
 
 _PREFIX, _DATA, _RUN = "Prefix", "Data", "Run"
 
@@ -72,7 +71,7 @@ def run(
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Learn a start over several tasks, from which `train --start` learns a new one in a few steps."""
-    files = _tasks(task)
+    files = pairs(task, "--task")
     quiet()
     from rich.console import Console
 
@@ -119,15 +118,3 @@ def run(
     if result.interrupted:
         typer.echo(f"interrupted; go on with --resume --out {out}", err=True)
         raise typer.Exit(130)
-
-
-def _tasks(options: list[str]) -> dict[str, str]:
-    """Files by the names of their tasks.
-
-    Raises:
-        ConfigError: an option that isn't NAME=FILE, or a name given twice.
-    """
-    names = [option.partition("=")[0] for option in options]
-    if twice := next((n for n in names if names.count(n) > 1), None):
-        raise ConfigError(f"--task names {twice!r} twice; give each task a name of its own")
-    return pairs(options, "--task")

@@ -13,8 +13,8 @@ from typer import Option
 
 from foreword.cli._data import Source
 from foreword.cli._methods import Gate, Method, Reparam, configs
-from foreword.cli._shared import print_json, quiet
-from foreword.cli._tasks import TaskSources, unique
+from foreword.cli._shared import pairs, print_json, quiet
+from foreword.cli._tasks import TaskSources
 from foreword.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _starts(tasks: TaskSources, init: str | None, given: list[str]) -> str | dic
     """What ``PrefixConfig(init=...)`` takes."""
     if not given:
         return init
-    named = unique(given, "--task-init")
+    named = pairs(given, "--task-init")
     if unknown := [name for name in named if name not in tasks.sources]:
         raise ConfigError(
             f"--task-init names {unknown[0]!r}, and --task does not; there are: {', '.join(tasks.sources)}"
