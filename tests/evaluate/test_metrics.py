@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from foreword.errors import ConfigError, DataError, MissingPartError
@@ -237,6 +237,7 @@ BY_EXAMPLE = sorted(
 
 
 @given(st.lists(st.tuples(pairs, st.integers(0, 3)), min_size=1, max_size=6).filter(lambda r: any(n for _, n in r)))
+@example([(("x", ["y"]), 0), (("y", ["x"]), 1), (("x", ["x"]), 1)])
 def test_a_resample_is_the_metric_of_the_repeated_examples(drawn):
     """What the bootstrap adds up is what scoring the drawn examples would give."""
     each, times = [p for p, _ in drawn], np.array([n for _, n in drawn], dtype=float)

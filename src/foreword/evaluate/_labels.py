@@ -23,7 +23,7 @@ def macro_f1(given: Given) -> Counts:
 def micro_f1(given: Given) -> Counts:
     """F1 over the classes' counts added up."""
     counted = _by_class(given)
-    return Counts(counted, lambda sums: _f1(*sums.reshape(-1, 3).sum(axis=0)), note=_classes(given))
+    return Counts(counted, lambda sums: _f1(*_present(sums).sum(axis=0)), note=_classes(given))
 
 
 def entity_f1(given: Given) -> Counts:
@@ -80,9 +80,14 @@ def _classes(given: Given) -> str:
 
 
 def _macro(sums: Numbers) -> float:
-    # A class that a resample lacks altogether has no F1.
-    each = [_f1(*counts) for counts in sums.reshape(-1, 3) if counts.any()]
+    each = [_f1(*counts) for counts in _present(sums)]
     return sum(each) / len(each)
+
+
+def _present(sums: Numbers) -> Numbers:
+    """``(classes, 3)``, of those that a resample has references of: the others are no classes there."""
+    counts = sums.reshape(-1, 3)
+    return counts[counts[:, 0] + counts[:, 2] > 0]
 
 
 def _f1(right: float, wrong: float, missed: float) -> float:
