@@ -267,7 +267,7 @@ def test_killed_in_the_middle_it_ends_with_the_same_results(model, tmp_path):
     for finished in (1, 3):  # killed while the run after so many is going on
         resume = ["--resume"] if finished > 1 else []
         going = subprocess.Popen([*command, *resume], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        deadline = time.time() + 120
+        deadline = time.time() + 400
         while len(list((out / "runs").glob("*"))) < finished or not list(out.glob(".work-*")):
             assert going.poll() is None and time.time() < deadline, going.stderr.read()
             time.sleep(0.02)

@@ -56,7 +56,7 @@ def test_tokens_per_second_are_what_they_are(server, visit):
     finally:
         slow.remove()
     shown = float(re.search(r"([\d.]+) tokens/s", column(page, "long").inner_text())[1])
-    assert 1 < shown < 20  # a step takes 1/20 s, and what the machine adds
+    assert 1 < shown < 40  # a step takes 1/20 s and what the machine adds; a first piece that comes late makes it more
 
 
 def test_the_strength_changes_the_answer(server, visit):
