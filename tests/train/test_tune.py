@@ -188,7 +188,7 @@ def test_budgets_are_read(text, budget):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("0", "not enough for one"), ("-3", "not enough"), ("0s", "above 0"), ("ten", "neither"), ("", "neither")],
+    [("0", "expected 1 or more"), ("-3", "expected 1 or more"), ("0s", "above 0"), ("ten", "neither"), ("", "neither")],
 )  # fmt: skip
 def test_budgets_are_refused(text, said):
     with pytest.raises(fw.ConfigError, match=said):

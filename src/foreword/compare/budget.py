@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from foreword import _allowance
 from foreword.errors import ConfigError
 
 LEAST_STEPS = 2  # of a trial of a learning rate: one of them is warm-up
@@ -27,12 +27,7 @@ class Budget:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.seconds is None):
-            raise ConfigError("a budget is a number of steps or of seconds; give one of them")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"a budget of {self.steps} steps; expected 1 or more")
-        if self.seconds is not None and not 0 < self.seconds < float("inf"):
-            raise ConfigError(f"a budget of {self.seconds:g} seconds; expected a number above 0")
+        _allowance.check(self.steps, self.seconds, "steps")
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -41,11 +36,7 @@ class Budget:
         Raises:
             ConfigError: it is neither.
         """
-        if found := re.fullmatch(r"\s*(-?\d+)\s*(steps?)?\s*", text):
-            return cls(steps=int(found[1]))
-        if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text):
-            return cls(seconds=float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]])
-        raise ConfigError(f"the budget {text!r} is neither a number of steps (200) nor a time (300s, 10m, 2h)")
+        return cls(*_allowance.parse(text, "steps", 200))
 
     def describe(self) -> str:
         """In words."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from foreword import _allowance
 from foreword.config import DEFAULT_TEXT, PrefixConfig
 from foreword.errors import ConfigError
 from foreword.methods import usual_learning_rate
@@ -34,25 +34,16 @@ class Budget:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.trials is None) == (self.seconds is None):
-            raise ConfigError("a budget is a number of trials or of seconds; give one of them")
-        if self.trials is not None and self.trials < 1:
-            raise ConfigError(f"a budget of {self.trials} trials is not enough for one; expected 1 or more")
-        if self.seconds is not None and not 0 < self.seconds < float("inf"):
-            raise ConfigError(f"a budget of {self.seconds:g} seconds; expected a number above 0")
+        _allowance.check(self.trials, self.seconds, "trials")
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """``"20"``: trials; ``"300s"``, ``"10m"``, ``"2h"``: time.
+        """``"20"`` or ``"20 trials"``: trials; ``"300s"``, ``"10m"``, ``"2h"``: time.
 
         Raises:
             ConfigError: it is neither.
         """
-        if re.fullmatch(r"-?\d+", text):
-            return cls(trials=int(text))
-        if found := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text):
-            return cls(seconds=float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]])
-        raise ConfigError(f"the budget {text!r} is neither a number of trials (20) nor a time (300s, 10m, 2h)")
+        return cls(*_allowance.parse(text, "trials", 20))
 
 
 @dataclass(frozen=True)
