@@ -116,7 +116,7 @@ def test_bad_searches_are_one_plain_line(run, folder, data, searched, tmp_path):
     for wrong, said in (
         (given, "give --valid, or --valid-share"),
         ((*judged, "--valid-share", 0.2), "give one"),
-        ((*judged, "--budget", 0), "not enough for one"),
+        ((*judged, "--budget", 0), "a budget of 0 trials; expected 1 or more"),
         ((*judged, "--budget", "soon"), "'soon' is neither"),
         ((*judged, "--budget", "0.01s"), "too small: a step takes"),
         ((*judged, "--lengths", "5,ten"), "--lengths '5,ten'; expected whole numbers"),
