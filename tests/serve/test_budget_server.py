@@ -127,3 +127,13 @@ def test_wrong_options_are_told_before_the_model_is_loaded(folders, options, mes
     result = CliRunner().invoke(app, command)
     said = " ".join((result.output + str(result.exception)).split())
     assert result.exit_code != 0 and message in said, said
+
+
+def test_a_task_that_no_request_could_read_is_told_at_once(folders):
+    command = [
+        "serve", "--model", str(folders / "model"), "--prefix", f"long={folders / 'prefixes' / 'long'}",
+        "--device-bytes", str(TOKEN),
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    said = " ".join((result.output + str(result.exception)).split())
+    assert result.exit_code != 0 and "--prefix long: it takes" in said and "more --device-bytes" in said, said

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from foreword.cli._shared import pairs, quiet
-from foreword.errors import ConfigError, ForewordError, MissingPartError
+from foreword.errors import BudgetError, ConfigError, ForewordError, MissingPartError
 
 if TYPE_CHECKING:
     from foreword.prefix import Prefix
@@ -201,6 +201,7 @@ def _add(
     def add(name: str, prefix: Prefix) -> None:
         shares = library.measure_shares(prefix, texts, force=force) if texts else None
         library.add(name, prefix, priority=ranks[name][0], pinned=ranks[name][1], shares=shares, force=force)
+        _check_readable(library, name)
 
     for name, prefix in named.items():
         try:
@@ -215,6 +216,21 @@ def _add(
             _left_out(name, exc)
     if not len(library):
         logs.event("no task is given (--prefix, --prefix-dir): the base model alone is served", level=logging.WARNING)
+
+
+def _check_readable(library: Library, name: str) -> None:
+    """Take a task out again that no request could ever have ready: it may wait below, and be read on the device only."""
+    from foreword.serve.budget import SHORTEN
+
+    budget, need = library.holdings.budget, library.holdings.find(name).whole
+    if budget.device_bytes is None or need <= budget.device_bytes or SHORTEN in budget.actions:
+        return
+    library.remove(name)
+    raise BudgetError(
+        f"it takes {need:,} bytes while it is read, and the device may have {budget.device_bytes:,}, so that no request "
+        "could be answered; give more --device-bytes, or --when-full with shorten",
+        needed=need, limit=budget.device_bytes,
+    )  # fmt: skip
 
 
 def _left_out(name: str, reason: ForewordError) -> None:
