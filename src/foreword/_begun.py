@@ -38,6 +38,34 @@ def begin(note: Path, record: Mapping[str, Any], resume: bool, what: str) -> Non
         )
 
 
+def require(
+    folder: Path, note: str, what: str, *, resume: bool, more: str = "pass --resume to go on with it", besides: str = ""
+) -> bool:
+    """Whether a folder holds something that was begun, to be gone on with; False: it may be begun there.
+
+    Args:
+        note: the file that says so.
+        what: for the messages, with its article, e.g. ``"an evaluation"``.
+        more: what to do where something is there and ``resume`` was not asked for.
+        besides: a file that may be there before.
+
+    Raises:
+        ConfigError: it holds one and ``resume`` was not asked for, or none and it was; or it holds other things.
+    """
+    name = what.partition(" ")[2]
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give the name of a folder for the {name}")
+    if not (folder / note).exists():
+        if strange := sorted(p.name for p in folder.iterdir() if p.name != besides) if folder.is_dir() else []:
+            raise ConfigError(f"{folder} holds {strange[0]}, which is not of {what}; give another --out")
+        if resume:
+            raise ConfigError(f"--resume: {folder} holds no {name}; leave --resume out to begin one")
+        return False
+    if not resume:
+        raise ConfigError(f"{folder} holds {what} already; {more}, or give another --out")
+    return True
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file under another name, then rename it: at no moment is half of it there."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -136,7 +136,7 @@ def test_folders_that_are_taken(tmp_path):
         folder.begin({"decoding": {"beams": 1, "stop": None}, "x": 1}, resume=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match="not empty, and holds no evaluation"):
+    with pytest.raises(ConfigError, match="which is not of an evaluation"):
         Folder(tmp_path / "other").begin({}, resume=False)
     with pytest.raises(ConfigError, match="is a file"):
         Folder(tmp_path / "other" / "thesis.tex").begin({}, resume=False)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foreword._begun import write_whole
+from foreword._begun import require, write_whole
 from foreword.errors import ConfigError, DataError
 from foreword.evaluate.run import changed
 
@@ -33,23 +33,8 @@ class Folder:
         Raises:
             ConfigError: it holds one and ``resume`` was not asked for, or none and it was; or it holds other things.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path} is a file; give the name of a folder for the comparison")
-        if not (self.path / COMPARISON).exists():
-            strange = [p.name for p in self.path.iterdir() if p.name != LOCK] if self.path.is_dir() else []
-            if strange:
-                raise ConfigError(
-                    f"{self.path} holds {sorted(strange)[0]}, which is not of a comparison; give another --out"
-                )
-            if resume:
-                raise ConfigError(f"--resume: {self.path} holds no comparison; leave --resume out to begin one")
-            return False
-        if not resume:
-            raise ConfigError(
-                f"{self.path} holds a comparison already; go on with it, or add lines to it (--resume), or give "
-                "another --out"
-            )
-        return True
+        more = "go on with it, or add lines to it (--resume)"
+        return require(self.path, COMPARISON, "a comparison", resume=resume, more=more, besides=LOCK)
 
     def begin(self, facts: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool) -> None:
         """Write down what is compared, or make sure that it is what was compared before.

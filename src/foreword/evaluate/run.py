@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foreword._begun import require
 from foreword.errors import ConfigError, DataError
 from foreword.evaluate.examples import Task, difference, read_predictions
 from foreword.evaluate.metrics import METRICS, Score
@@ -40,20 +41,8 @@ class Folder:
         Raises:
             ConfigError: it holds one and ``resume`` was not asked for, or none and it was; or it holds other things.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path} is a file; give the name of a folder for the evaluation")
-        if not (self.path / RUN).exists():
-            if self.path.exists() and any(self.path.iterdir()):
-                raise ConfigError(f"{self.path} is not empty, and holds no evaluation; give another --out")
-            if resume:
-                raise ConfigError(f"--resume: {self.path} holds no evaluation; leave --resume out to start anew")
-            return False
-        if not resume:
-            raise ConfigError(
-                f"{self.path} holds an evaluation already; pass --resume to go on with it (or to score it again), or "
-                "another --out"
-            )
-        return True
+        more = "pass --resume to go on with it (or to score it again)"
+        return require(self.path, RUN, "an evaluation", resume=resume, more=more)
 
     def begin(self, run: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder, or go on in it.
