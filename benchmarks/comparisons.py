@@ -19,6 +19,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 KEPT = ("preset", "facts", "rows", "failed", "missing_runs")
+UNTIMED = ("× time", "writing speed")  # these runs shared the machine with others; benchmarks/step.py has times
 PICTURES = ("length", "steps")  # the first that there is
 
 
@@ -58,6 +59,12 @@ def filled(page: str) -> str:
     return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", block, page, flags=re.DOTALL)
 
 
+def without(cells: list[list[str]], columns: tuple[str, ...]) -> list[list[str]]:
+    """A table lacking some columns."""
+    keep = [i for i, name in enumerate(cells[0]) if name not in columns]
+    return [[row[i] for i in keep] for row in cells]
+
+
 def told(name: str, record: dict[str, Any]) -> str:
     """One comparison in Markdown."""
     from foreword.compare.report import cost, markdown_table, quality, rates
@@ -75,7 +82,7 @@ def told(name: str, record: dict[str, Any]) -> str:
     for test in tests:
         blocks += [f"**{test}**"] if len(tests) > 1 else []
         blocks.append(markdown_table(quality(lines, test, brief=True)))
-    blocks.append(markdown_table(cost(lines, brief=True)))
+    blocks.append(markdown_table(without(cost(lines, brief=True), UNTIMED)))
     if any(line["search"] for line in lines):
         blocks.append(f"<details><summary>Learning rates</summary>\n\n{markdown_table(rates(lines))}\n\n</details>")
     if (DOCS / "images" / f"results-{name}.png").is_file():
