@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -16,6 +17,7 @@ from foreword.serve._mixing import recall_of
 from foreword.serve._text import Text
 from foreword.serve.tiers.held import Held
 
+log = logging.getLogger(__name__)
 Finish = Literal["stop", "length"]
 MOST_ALTERNATIVES = 20
 
@@ -170,6 +172,7 @@ class Request:
         try:
             self.sink(what)
         except Exception:
+            log.debug("a request is cancelled: its sink failed", exc_info=True)
             self.cancelled = True
 
 
