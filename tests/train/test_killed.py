@@ -109,7 +109,7 @@ def test_a_distillation_killed_in_every_stage_ends_with_the_same_prefix(tmp_path
         import distill_tiny
     finally:
         sys.path.remove(str(SCRIPTS))
-    status, _ = distill_tiny.run(tmp_path / "whole", None, 0)
+    status, _ = distill_tiny.run(tmp_path / "whole")
     assert os.waitstatus_to_exitcode(status) == 0
     out, seed = tmp_path / "killed", time.time_ns()
     process = start(SCRIPTS / "distill_tiny.py", out, seed)

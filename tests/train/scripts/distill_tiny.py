@@ -1,6 +1,7 @@
 """A distillation that is killed again and again: `distill_tiny.py OUT SEED`; each child is really killed.
 
-It makes questions, asks the teacher, and trains; after every batch of each it says so, then dawdles.
+It makes questions, asks the teacher, and trains; after every batch it says of which stage, then dawdles. The kills are
+aimed by stage, so that each is met on any machine, and come a random moment after the batch.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ from foreword.train.questions import examples_of
 from foreword.train.self_study import Writing, self_study
 
 TEXT = "\n\n".join(zoo.SENTENCES)
-ARGUMENTS = {"max_steps": 8, "save_steps": 1, "save_total_limit": 2, "per_device_train_batch_size": 4, "seed": 5,
+ARGUMENTS = {"max_steps": 14, "save_steps": 1, "save_total_limit": 2, "per_device_train_batch_size": 4, "seed": 5,
              "logging_steps": 1, "use_cpu": True, "report_to": "none"}  # fmt: skip
+
+
+STAGES = {b"q": "questions", b"t": "teacher", b"x": "training"}
 
 
 class Slow(transformers.TrainerCallback):
@@ -38,12 +42,12 @@ class Slow(transformers.TrainerCallback):
         self.pipe = pipe
 
     def on_step_end(self, args, state, control, **kwargs):
-        say(self.pipe)
+        say(self.pipe, b"x")
 
 
-def say(pipe):
-    os.write(pipe, b".")
-    time.sleep(0.01)
+def say(pipe, stage):
+    os.write(pipe, stage)
+    time.sleep(0.02)
 
 
 def work(out, pipe):
@@ -53,7 +57,8 @@ def work(out, pipe):
 
     def advanced(self, count):
         advance(self, count)
-        say(pipe)
+        label = self.bar.tasks[0].description
+        say(pipe, b"q" if label == "questions" else b"t")
 
     Counting.advance = advanced
     _teacher.SHARD = 4
@@ -70,8 +75,11 @@ def work(out, pipe):
         Counting.advance = advance
 
 
-def run(out, kill_after, wait):
-    """Work in a child; kill it some time after so many events. Returns its exit status, and how many there were."""
+def run(out, aim=None, count=0, wait=0.0):
+    """Work in a child; kill it ``wait`` seconds after ``count`` batches of stage ``aim``, or the first of a later one.
+
+    Returns its exit status, and the stage in which it was when that was decided.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -85,31 +93,26 @@ def run(out, kill_after, wait):
             os._exit(1)
         os._exit(0)
     os.close(write)
-    events = 0
-    while os.read(read, 1):
-        events += 1
-        if events == kill_after:
+    order, seen, where = list(STAGES.values()), 0, None
+    while event := os.read(read, 1):
+        if aim is None:
+            continue
+        where = STAGES[event]
+        seen += where == aim
+        if seen == count or order.index(where) > order.index(aim):
             time.sleep(wait)
             os.kill(child, signal.SIGKILL)
             break
     os.close(read)
-    return os.waitpid(child, 0)[1], events
-
-
-def stage(out):
-    if _teacher_done(out):
-        return "training"
-    return "teacher" if begun(out) else "questions"
-
-
-def _teacher_done(out):
-    return begun(out) and len(list((out / "teacher" / "train").glob("0*.safetensors"))) == 4
+    return os.waitpid(child, 0)[1], where
 
 
 if __name__ == "__main__":
     folder, chance = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-    for after in (1, 2, 2, 3, 1, 2, 3):
-        moment = chance.uniform(0, 0.05)
-        status, _ = run(folder, after, moment)
-        print(stage(folder), after, round(moment, 4), os.WTERMSIG(status), flush=True)
-    sys.exit(os.waitstatus_to_exitcode(run(folder, None, 0)[0]))
+    aims = [("questions", 1), ("questions", 2), ("teacher", 1), ("teacher", 1), ("training", 1), ("training", 2),
+            ("training", 2)]  # fmt: skip
+    for aim, count in aims:
+        moment = chance.uniform(0, 0.03)
+        status, where = run(folder, aim, count, moment)
+        print(where, count, round(moment, 4), os.WTERMSIG(status), flush=True)
+    sys.exit(os.waitstatus_to_exitcode(run(folder)[0]))
