@@ -166,7 +166,7 @@ class TaskModels:
             cards = [{**base, "id": n, "root": n, "parent": front.base[0], "permission": []} for n in names]
             return next(c for c in cards if c["id"] == name) if name else {**body, "data": [*body["data"], *cards]}
 
-        whole = {**scope, "path": scope.get("root_path", "") + "/v1/models", "raw_path": None}
+        whole = {**scope, "path": scope.get("root_path", "") + "/v1/models", "raw_path": b"/v1/models"}
         await self.app(whole, receive, _Changed(send, None, listed))
 
 
