@@ -95,9 +95,9 @@ def prompts_in(body: Body) -> int:
 
 def _check_fields(body: Body, all_logprobs: bool) -> None:
     for name, why in _REFUSED.items():
-        if body.get(name) not in (None, False):
+        if (given := body.get(name)) is not None and given is not False:
             raise ApiError(400, f"{name}: not for a task ({why})", param=name)
-    if body.get("echo") not in (None, False):
+    if (echo := body.get("echo")) is not None and echo is not False:
         raise ApiError(400, "echo: prompts are not given back, since a task's begins with what is no text", param="echo")
     if body.get("strength", 1) not in (1, None):
         raise ApiError(400, "strength: prefixes have their trained weight here; other ones are for `foreword serve`",
