@@ -77,6 +77,9 @@ def test_others_are_left_alone_and_bad_ones_are_reported():
         planner.allocated(bad, [5, 6], bad.num_tokens - 1)
         (load,) = planner.planned({}, {}, lambda _: [])
         assert load.salt is None and load.blocks == (5, 6)
+    # No text, behind a block that good requests read as well.
+    planner.allocated(request(str(task(6)), [PLACE] * 6), [5, 6], 1)
+    assert [x.blocks for x in planner.planned({}, {}, lambda _: [])] == [(6,)]
 
 
 def test_a_preempted_request_is_loaded_again_and_a_finished_one_forgotten():

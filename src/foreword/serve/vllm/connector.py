@@ -112,10 +112,10 @@ class ForewordConnector(KVConnectorBase_V1):
             slots = torch.tensor(load.slots, dtype=torch.int64, device=device)
             if load.over:
                 self._over.append((rows, load, slots))
-                continue
-            for name in self._layers:
-                self._write(name, rows, load, slots)
-            self._note("loaded", request=load.request_id, salt=str(load.salt), start=load.start, stop=load.stop,
+            else:
+                for name in self._layers:
+                    self._write(name, rows, load, slots)
+            self._note("over" if load.over else "loaded", request=load.request_id, salt=str(load.salt), start=load.start, stop=load.stop,
                        blocks=load.blocks)  # fmt: skip
 
     def wait_for_layer_load(self, layer_name: str) -> None:

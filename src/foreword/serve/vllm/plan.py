@@ -76,7 +76,9 @@ class Planner:
             return
         salt = self._salt(request)
         if salt is None:
-            self._loads.append(Load(request.request_id, None, 0, 0, (), tuple(blocks)))
+            # Not the blocks that were cached already: others may be reading them.
+            own = blocks[(request.num_tokens - 1 - external) // self._block_size() :]
+            self._loads.append(Load(request.request_id, None, 0, 0, (), tuple(own)))
         elif external > 0:
             self._loads.append(self._load(request.request_id, salt, salt.length - external, salt.length, blocks))
         elif request.skip_reading_prefix_cache:
