@@ -74,7 +74,8 @@ def table(model: Model, o: argparse.Namespace) -> str:
         return model.devices * o.bandwidth / (weights + running * each)
 
     rows = [
-        f"**{model.name}**, {model.devices} device(s) of {o.device_gb:g} GB, {o.length} virtual tokens, blocks of {o.block}",
+        f"**{model.name}**, {model.devices} device(s) of {o.device_gb:g} GB, {o.length} virtual tokens, "
+        f"blocks of {o.block}",
         "",
         "| | |",
         "| --- | --- |",

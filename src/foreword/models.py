@@ -109,13 +109,7 @@ def load_model(
 
 
 def files_of(name: str | Path) -> tuple[str, Any, Any]:
-    """Where a causal language model is, as other programs can open it, its configuration and its tokenizer.
-
-    No weights are read; a GGUF file is converted as :func:`load_model` does it.
-
-    Raises:
-        ConfigError, UnsupportedModelError, MissingPartError: as :func:`load_model`.
-    """
+    """Where a causal language model is, its configuration and its tokenizer; raises as :func:`load_model`."""
     source, local = _locate(name, "causal-lm")
     return source, _read("AutoConfig", source, local), _read("AutoTokenizer", source, local)
 

@@ -18,7 +18,8 @@ OPTIONS = Options("/prefixes", 0, "<pad>")
 
 
 def test_the_command_says_everything(tmp_path):
-    made = launch.command("m", OPTIONS, name="base", host="::1", port=80, template=tmp_path / "a b", length=64, dtype="bfloat16",
+    made = launch.command("m", OPTIONS, name="base", host="::1", port=80, template=tmp_path / "a b", length=64,
+        dtype="bfloat16",
                           python="py", more=["--enforce-eager"])  # fmt: skip
     words = shlex.split(str(made))
     assert words == made.arguments and words[-1] == "--enforce-eager"
@@ -66,7 +67,8 @@ def test_the_template_is_the_models_own_behind_placeholders(tmp_path, template):
     [
         (tf.Gemma3TextConfig(), "sliding_attention"), (tf.MistralConfig(sliding_window=64), "sliding window of 64"),
         (tf.T5Config(), "encoder"), (tf.DeepseekV3Config(), "MLA"), (tf.Qwen3NextConfig(), "linear_attention"),
-        (tf.LlamaConfig(), None), (tf.Qwen3Config(), None), (tf.Qwen2Config(), None), (tf.MistralConfig(sliding_window=None), None),
+        (tf.LlamaConfig(), None), (tf.Qwen3Config(), None), (tf.Qwen2Config(), None),
+        (tf.MistralConfig(sliding_window=None), None),
         (tf.GPT2Config(), None),
     ],
 )  # fmt: skip

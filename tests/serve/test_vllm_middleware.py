@@ -43,14 +43,19 @@ async def echo(request):
     body = await request.json()
     ids = body.get("prompt") or []
     rows = ids if ids and isinstance(ids[0], list) else [ids]
-    usage = {"prompt_tokens": sum(map(len, rows)) or 10, "completion_tokens": 2, "total_tokens": (sum(map(len, rows)) or 10) + 2}
+    usage = {
+        "prompt_tokens": sum(map(len, rows)) or 10,
+        "completion_tokens": 2,
+        "total_tokens": (sum(map(len, rows)) or 10) + 2,
+    }
     choice = {"index": 0, "text": "x", "prompt_token_ids": rows[0], "prompt_logprobs": [None, *range(1, len(rows[0]))]}
     answer = {"model": body.get("model"), "usage": usage, "choices": [choice], "asked": body}
     if not body.get("stream"):
         return JSONResponse(answer)
 
     async def events():
-        whole = f"data: {json.dumps({**answer, 'usage': None})}\n\ndata: {json.dumps({**answer, 'choices': []})}\n\ndata: [DONE]\n\n"
+        first, last = ({**answer, "usage": None}, {**answer, "choices": []})
+        whole = f"data: {json.dumps(first)}\n\ndata: {json.dumps(last)}\n\ndata: [DONE]\n\n"
         for at in range(0, len(whole), 7):
             yield whole[at : at + 7]
 
@@ -58,7 +63,9 @@ async def echo(request):
 
 
 async def models(request):
-    return JSONResponse({"object": "list", "data": [{"id": "base", "object": "model", "created": 1, "owned_by": "vllm", "root": "/m"}]})
+    return JSONResponse(
+        {"object": "list", "data": [{"id": "base", "object": "model", "created": 1, "owned_by": "vllm", "root": "/m"}]}
+    )
 
 
 @pytest.fixture
@@ -67,10 +74,17 @@ def client(shelf):
 
 
 def made(shelf, *, keys=(), others=False, **options):
-    post = [Route(p, echo, methods=["POST"]) for p in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/inference/v1/generate")]
-    app = Starlette(routes=[*post, Route("/v1/models", models), Route("/v1/models/{name}", models), Route("/health", models)])
+    post = [
+        Route(p, echo, methods=["POST"])
+        for p in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/inference/v1/generate")
+    ]
+    app = Starlette(
+        routes=[*post, Route("/v1/models", models), Route("/v1/models/{name}", models), Route("/health", models)]
+    )
     tasks = Tasks(shelf, 0, shape=Shape(2, 2, 8), checkpoint=Checkpoint.of(str(shelf.parent / "model")))
-    front = Front(tasks, Options(str(shelf), 0, "<pad>", **options), ("base", "alias"), zoo.tokenizer(), Keys(keys), others=others)
+    front = Front(
+        tasks, Options(str(shelf), 0, "<pad>", **options), ("base", "alias"), zoo.tokenizer(), Keys(keys), others=others
+    )
     app.add_middleware(TaskModels, front=front)
     return TestClient(app)
 
@@ -86,7 +100,8 @@ def test_prompts_get_placeholders_and_the_salt(client, shelf):
     digest = Tasks(shelf, 0).get("task").salt.digest
     ids = tokenizer.encode("The film", add_special_tokens=False)
     for prompt, wanted in (
-        ("The film", [0] * LENGTH + ids), (ids, [0] * LENGTH + ids), ([ids, [5]], [[0] * LENGTH + ids, [0] * LENGTH + [5]]),
+        ("The film", [0] * LENGTH + ids), (ids, [0] * LENGTH + ids),
+        ([ids, [5]], [[0] * LENGTH + ids, [0] * LENGTH + [5]]),
         (["The film"], [[0] * LENGTH + ids]),
     ):  # fmt: skip
         answer = ask(client, prompt=prompt)
@@ -111,7 +126,9 @@ def test_chats_get_placeholders_through_the_template(client):
 def test_streams_however_they_are_cut(client):
     answer = client.post("/v1/completions", json={"model": "task", "prompt": [[5, 6], [7]], "stream": True})
     first, last, done = (line for line in answer.text.split("\n") if line.startswith("data: "))
-    assert done == "data: [DONE]" and json.loads(first[6:])["model"] == "task" and json.loads(first[6:])["usage"] is None
+    assert (
+        done == "data: [DONE]" and json.loads(first[6:])["model"] == "task" and json.loads(first[6:])["usage"] is None
+    )
     assert json.loads(last[6:])["usage"]["prompt_tokens"] == 3
     events = b'data: {"model": "base", "choices": [{}], "usage": {"prompt_tokens": 9}}\r\n\r\n: ping\n\ndata: {"half'
     task = SimpleNamespace(name="t", length=4)
@@ -131,16 +148,21 @@ def test_the_base_model_is_left_as_it_is(client):
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": ["a", ""]}, "prompt"),
-        ({"prompt": [[1], "a"]}, "prompt"), ({"prompt": [True]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": [[1.5]]}, "prompt"),
+        ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": [[1], "a"]}, "prompt"), ({"prompt": [True]}, "prompt"), ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [[1.5]]}, "prompt"),
         ({"prompt": None}, "prompt"), ({}, "prompt"), ({"prompt": {"a": 1}}, "prompt"), ({"prompt": 5}, "prompt"),
         ({"prompt": "a", "echo": True}, "echo"), ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
         ({"prompt": "a", "suffix": "y"}, "suffix"), ({"prompt": "a", "prompt_embeds": "AA"}, "prompt_embeds"),
         ({"prompt": "a", "truncate_prompt_tokens": 2}, "truncate_prompt_tokens"),
         ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
-        ({"prompt": "a", "use_beam_search": True}, "use_beam_search"), ({"prompt": "a", "prompt_logprobs": 0}, "prompt_logprobs"),
-        ({"prompt": "a", "kv_transfer_params": {"a": 1}}, "kv_transfer_params"), ({"prompt": "a", "strength": 0.5}, "strength"),
-        ({"prompt": "a", "cache_salt": "foreword:other"}, "cache_salt"), ({"prompt": "a", "cache_salt": 5}, "cache_salt"),
+        ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
+        ({"prompt": "a", "prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"prompt": "a", "kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
+        ({"prompt": "a", "strength": 0.5}, "strength"),
+        ({"prompt": "a", "cache_salt": "foreword:other"}, "cache_salt"),
+        ({"prompt": "a", "cache_salt": 5}, "cache_salt"),
         ({"prompt": "a", "add_special_tokens": "no"}, "add_special_tokens"),
     ],
 )  # fmt: skip
@@ -154,7 +176,8 @@ def test_what_would_be_answered_wrongly_is_refused(client, body, param):
         ({"messages": []}, "messages"), ({}, "messages"), ({"messages": "x"}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 1 }}"}, "chat_template"),
-        ({"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {VARIABLE: "x"}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {VARIABLE: "x"}},
+            "chat_template_kwargs"),
         ({"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": [1]}, "chat_template_kwargs"),
         ({"messages": [{"role": "user", "content": "x"}], "add_special_tokens": True}, "add_special_tokens"),
     ],

@@ -106,7 +106,12 @@ def test_lengths_that_differ_and_models_that_differ():
     some = fw.Prefix.from_tensors(model, zoo.random_prefix(model, sites[1:], 3))
     whole = made()[1]
     check_fits(whole, Shape(2, 2, 8))
-    for prefix, shape in ((some, Shape(2, 2, 8)), (whole, Shape(3, 2, 8)), (whole, Shape(2, 4, 8)), (whole, Shape(2, 2, 16))):
+    for prefix, shape in (
+        (some, Shape(2, 2, 8)),
+        (whole, Shape(3, 2, 8)),
+        (whole, Shape(2, 4, 8)),
+        (whole, Shape(2, 2, 16)),
+    ):
         with pytest.raises(fw.MismatchError):
             check_fits(prefix, shape)
     with pytest.raises(fw.MismatchError, match="latent"):
@@ -114,7 +119,8 @@ def test_lengths_that_differ_and_models_that_differ():
 
 
 @pytest.mark.parametrize(
-    ("name", "number"), [("model.layers.3.self_attn.attn", 3), ("transformer.h.11.attn", 11), ("a.b", None), ("a.1.b.2", None)]
+    ("name", "number"),
+    [("model.layers.3.self_attn.attn", 3), ("transformer.h.11.attn", 11), ("a.b", None), ("a.1.b.2", None)],
 )
 def test_layer_numbers(name, number):
     if number is not None:
@@ -124,14 +130,18 @@ def test_layer_numbers(name, number):
         layer_number(name)
 
 
-@given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}", fullmatch=True), st.integers(1, 999_999), st.text(max_size=200))
+@given(
+    st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}", fullmatch=True), st.integers(1, 999_999), st.text(max_size=200)
+)
 def test_salts_come_back_and_fit_vllm(name, length, client):
     salt = Salt(name, "0f" * 16, length).of_client(client)
     assert Salt.parse(str(salt)) == salt and len(str(salt)) <= 128 and not set(str(salt)) & set("@/\\\0")
     assert bool(salt.client) == bool(client)
 
 
-@pytest.mark.parametrize("text", ["", "foreword:", "foreword:x:3::t", f"foreword:{'0' * 32}:0::t", f"foreword:{'0' * 32}:3::../t"])
+@pytest.mark.parametrize(
+    "text", ["", "foreword:", "foreword:x:3::t", f"foreword:{'0' * 32}:0::t", f"foreword:{'0' * 32}:3::../t"]
+)
 def test_other_salts_are_none_of_ours(text):
     with pytest.raises(fw.ConfigError):
         Salt.parse(text)
@@ -158,7 +168,7 @@ def test_a_store_keeps_what_it_has_room_for(tmp_path):
 
 
 def test_a_digest_is_of_what_a_prefix_does(tmp_path):
-    model, prefix = made()
+    _, prefix = made()
     shelf = Shelf(tmp_path)
     for name, changed in (
         ("same", replace(prefix, metadata={"metrics": {"loss": 1.0}})),

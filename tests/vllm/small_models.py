@@ -8,7 +8,13 @@ import transformers as tf
 import foreword as fw
 import zoo
 
-_SIZE = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+_SIZE = {
+    "vocab_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 _GROUPED = {**_SIZE, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
             "eos_token_id": 2}  # fmt: skip
 _OWN = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

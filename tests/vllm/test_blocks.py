@@ -98,7 +98,10 @@ def test_bad_requests_end_alone(home, running):
         {"prompt_token_ids": text, "cache_salt": str(good.salt)},  # no placeholders
         {"prompt_token_ids": good.before([]), "cache_salt": str(good.salt)},  # no text
         {"prompt_token_ids": good.before(text), "cache_salt": "foreword:b"},
-        {"prompt_token_ids": good.before(text), "cache_salt": str(good.salt).replace(":b", ":c")},  # no such prefix
+        {
+            "prompt_token_ids": good.before(text),
+            "cache_salt": str(good.salt).replace(":b", ":c").replace(good.salt.digest, "1" * 32),
+        },  # no such prefix
         {"prompt_token_ids": good.before(text), "cache_salt": str(good.salt).replace(good.salt.digest, "0" * 32)},
     ]
     wanted = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)

@@ -38,22 +38,27 @@ def server(tmp_path_factory):
         port = bound.getsockname()[1]
     command = [
         sys.executable, "-m", "foreword", "serve", "--engine", "vllm", "--model", folder / "model", "--name", "base",
-        "--prefix-dir", folder / "shelf", "--port", port, "--max-length", 256, "--dtype", "float32", "--prompt-logprobs",
+        "--prefix-dir", folder / "shelf", "--port", port, "--max-length", 256, "--dtype", "float32",
+        "--prompt-logprobs",
         "--api-keys", folder / "keys", "--", "--enforce-eager", "--block-size", 32, "--num-gpu-blocks-override", 64,
         "--return-tokens-as-token-ids",
     ]  # fmt: skip
     environment = {
-        **os.environ, "FOREWORD_CACHE": str(folder / "cache"), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+        **os.environ, "FOREWORD_CACHE": str(folder / "cache"), "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
         "PYTHONPATH": os.pathsep.join([str(Path(fw.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     log = (folder / "log").open("wb")
-    process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        list(map(str, command)), env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
     try:
         _wait(client, process, folder / "log")
-        yield SimpleNamespace(client=client, model=model, prefixes=prefixes, tokenizer=tokenizer, shelf=folder / "shelf",
+        yield SimpleNamespace(client=client, model=model, prefixes=prefixes, tokenizer=tokenizer,
+            shelf=folder / "shelf",
                               log=folder / "log", process=process)  # fmt: skip
     finally:
         process.send_signal(signal.SIGTERM)
@@ -127,7 +132,8 @@ def test_streams(server, path):
     text = "The film is"
     what = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
     tokens = ids(server, text if "prompt" in what else f"user: {text}\nassistant:")
-    body = {"model": "b", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True, "stream": True,
+    body = {"model": "b", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True,
+        "stream": True,
             "stream_options": {"include_usage": True}, **what}  # fmt: skip
     with server.client.stream("POST", path, json=body) as answer:
         events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
@@ -165,7 +171,11 @@ def test_scores_of_a_prompt(server):
         ("/v1/completions", {"model": "a", "prompt": "The", "temperature": -1}, 400),
         ("/v1/completions", {"model": "base", "prompt": "The", "cache_salt": f"foreword:{'0' * 32}:3::a"}, 400),
         ("/v1/chat/completions", {"model": "a", "messages": []}, 400),
-        ("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "x"}], "chat_template": "x"}, 400),
+        (
+            "/v1/chat/completions",
+            {"model": "a", "messages": [{"role": "user", "content": "x"}], "chat_template": "x"},
+            400,
+        ),
         ("/v1/responses", {"model": "a", "input": "The"}, 400),
         ("/v1/embeddings", {"model": "a", "input": "The"}, 400),
         ("/tokenize", {"model": "a", "prompt": "The"}, 400),
@@ -173,7 +183,9 @@ def test_scores_of_a_prompt(server):
 )
 def test_bad_requests_are_the_clients_fault(server, path, body, status):
     assert ask(server, path, status, **body)["error"]["message"]
-    assert ask(server, model="a", prompt="The film")["choices"][0]["token_ids"] == expected(server, "a", ids(server, "The film"))
+    assert ask(server, model="a", prompt="The film")["choices"][0]["token_ids"] == expected(
+        server, "a", ids(server, "The film")
+    )
 
 
 def test_keys(server):

@@ -1,12 +1,12 @@
-"""Greedy tokens of the real vLLM are foreword's own, for several architectures, tasks and prefix lengths in one batch."""
+"""Greedy tokens of the real vLLM are foreword's own: several architectures; tasks and lengths mixed in a batch."""
 
 from __future__ import annotations
 
 import pytest
-
 import small_models as small
-import zoo
 from vllm_engines import PLACE, engine, greedy, lines
+
+import zoo
 from foreword.serve.vllm.tasks import Tasks
 
 TOKENS = 16

@@ -111,7 +111,7 @@ def run(
         library = Library(network, budget=budget)
         ids = [found for line in lines if (found := list(tokenizer(line)["input_ids"]))]
         _add(library, named, lying, ranks, ids, force=force)
-        engine = Engine(library, tokenizer, limits)
+        writer = Engine(library, tokenizer, limits)
     except BaseException:
         bound.close()
         raise
@@ -126,10 +126,10 @@ def run(
     def ready() -> None:
         address, number = bound.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        logs.event("ready", url=f"http://{shown}:{number}", base=base, tasks=len(library), length=engine.length,
-                   most_kv_bytes=engine.columns * engine.column_bytes)  # fmt: skip
+        logs.event("ready", url=f"http://{shown}:{number}", base=base, tasks=len(library), length=writer.length,
+                   most_kv_bytes=writer.columns * writer.column_bytes)  # fmt: skip
 
-    serve(create_app(engine.start(), settings), engine, bound, drain=drain, ready=ready)
+    serve(create_app(writer.start(), settings), writer, bound, drain=drain, ready=ready)
 
 
 def _check_installed() -> None:

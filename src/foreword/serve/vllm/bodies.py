@@ -43,15 +43,21 @@ def check_salts(body: Any) -> None:
         if isinstance(value, dict):
             salt = value.get("cache_salt")
             if isinstance(salt, str) and salt.startswith(MARK):
-                raise ApiError(400, f"cache_salt: salts that begin with {MARK!r} are the server's own", param="cache_salt")
+                raise ApiError(
+                    400, f"cache_salt: salts that begin with {MARK!r} are the server's own", param="cache_salt"
+                )
             if isinstance(kwargs := value.get("chat_template_kwargs"), dict) and VARIABLE in kwargs:
-                raise ApiError(400, f"chat_template_kwargs: {VARIABLE!r} is the server's own", param="chat_template_kwargs")
+                raise ApiError(
+                    400, f"chat_template_kwargs: {VARIABLE!r} is the server's own", param="chat_template_kwargs"
+                )
             found.extend(value.values())
         elif isinstance(value, list):
             found.extend(v for v in value if isinstance(v, dict | list))
 
 
-def translate(body: Body, path: str, task: Task, base: str, place: str, tokenize: Tokenize, *, all_logprobs: bool) -> Body:
+def translate(
+    body: Body, path: str, task: Task, base: str, place: str, tokenize: Tokenize, *, all_logprobs: bool
+) -> Body:
     """A request for a task as vLLM is asked.
 
     Args:
@@ -98,7 +104,9 @@ def _check_fields(body: Body, all_logprobs: bool) -> None:
         if (given := body.get(name)) is not None and given is not False:
             raise ApiError(400, f"{name}: not for a task ({why})", param=name)
     if (echo := body.get("echo")) is not None and echo is not False:
-        raise ApiError(400, "echo: prompts are not given back, since a task's begins with what is no text", param="echo")
+        raise ApiError(
+            400, "echo: prompts are not given back, since a task's begins with what is no text", param="echo"
+        )
     if body.get("strength", 1) not in (1, None):
         raise ApiError(400, "strength: prefixes have their trained weight here; other ones are for `foreword serve`",
                        param="strength")  # fmt: skip
@@ -110,7 +118,9 @@ def _prompts(prompt: Any, task: Task, tokenize: Tokenize, special: bool) -> list
     if isinstance(prompt, str):
         return _ids(prompt, task, tokenize, special)
     if not isinstance(prompt, list) or not prompt:
-        raise ApiError(400, "prompt: expected a text, texts, token ids, or lists of them; none may be empty", param="prompt")
+        raise ApiError(
+            400, "prompt: expected a text, texts, token ids, or lists of them; none may be empty", param="prompt"
+        )
     if all(_is_id(p) for p in prompt):
         return task.before(prompt)
     if all(isinstance(p, str) for p in prompt) or all(isinstance(p, list) for p in prompt):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,23 +100,38 @@ class ForewordConnector(KVConnectorBase_V1):
                             self._options.prefix_bytes)  # fmt: skip
         self._note("ready", layers=len(numbers), rank=rank, ranks=ranks)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Before a step. (``start_load_kv`` may come after it, where the scheduler saw nothing to load.)"""
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, Loads)
+        found = self._found(connector_metadata.loads, over=True)
+        self._over = [(rows, load, self._slots(load)) for load, rows in found]
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        self._over = []
-        for load in self._get_connector_metadata().loads:  # type: ignore[attr-defined]
+        orders = self._get_connector_metadata()
+        assert isinstance(orders, Loads)
+        for load, rows in self._found(orders.loads, over=False):
+            slots = self._slots(load)
+            for name in self._layers:
+                self._write(name, rows, load, slots)
+
+    def _found(self, loads: Sequence[Load], *, over: bool) -> Iterator[tuple[Load, Rows]]:
+        """Those whose prefix is there; the others' blocks are reported as failed."""
+        for load in loads:
+            if load.over != over:
+                continue
             rows = self._rows(load)
             if rows is None:
                 self._failed.update(load.blocks)
                 self._note("failed", request=load.request_id, blocks=load.blocks)
                 continue
-            device = next(iter(self._layers.values()))[1].kv_cache.device
-            slots = torch.tensor(load.slots, dtype=torch.int64, device=device)
-            if load.over:
-                self._over.append((rows, load, slots))
-            else:
-                for name in self._layers:
-                    self._write(name, rows, load, slots)
-            self._note("over" if load.over else "loaded", request=load.request_id, salt=str(load.salt), start=load.start, stop=load.stop,
-                       blocks=load.blocks)  # fmt: skip
+            self._note("over" if over else "loaded", request=load.request_id, salt=str(load.salt), start=load.start,
+                       stop=load.stop, blocks=load.blocks)  # fmt: skip
+            yield load, rows
+
+    def _slots(self, load: Load) -> torch.Tensor:
+        device = next(iter(self._layers.values()))[1].kv_cache.device
+        return torch.tensor(load.slots, dtype=torch.int64, device=device)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Inside a layer's attention, after this step's keys and values were written and before they are read."""

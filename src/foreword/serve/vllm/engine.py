@@ -39,10 +39,16 @@ def check_config(config: Any) -> None:
     if model.is_encoder_decoder:
         raise UnsupportedModelError("encoder-decoder models have no prefixes on vLLM; `foreword serve` has none either")
     if getattr(model, "uses_mrope", False):
-        raise UnsupportedModelError("the model has positions in several dimensions (M-RoPE), which a prefix can't be moved in")
+        raise UnsupportedModelError(
+            "the model has positions in several dimensions (M-RoPE), which a prefix can't be moved in"
+        )
     if config.kv_transfer_config.kv_load_failure_policy != "fail":
         raise ConfigError('kv_load_failure_policy must be "fail": else a prefix that is gone is computed as text')
-    if config.speculative_config is not None and config.speculative_config.method not in ("ngram", "ngram_gpu", "suffix"):
+    if config.speculative_config is not None and config.speculative_config.method not in (
+        "ngram",
+        "ngram_gpu",
+        "suffix",
+    ):
         raise ConfigError("a draft model has no prefix of its own; speculate with method ngram, or not at all")
 
 
@@ -65,6 +71,6 @@ def check_layers(groups: int, windows: dict[str, int | None], most: int) -> None
     for name, window in windows.items():
         if window is not None and 0 < window < most:
             raise UnsupportedModelError(
-                f"{name} has a sliding window of {window} tokens, which would slide past the prefix; with --max-model-len "
-                f"{window} it never does"
+                f"{name} has a sliding window of {window} tokens, which would slide past the prefix; with "
+                f"--max-model-len {window} it never does"
             )

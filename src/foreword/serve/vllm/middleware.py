@@ -63,8 +63,9 @@ class Front:
         tasks = Tasks(options.prefixes, options.placeholder, shape=shape_of(config), checkpoint=checkpoint)
         own = read_keys(Path(options.api_keys) if options.api_keys else None, "FOREWORD_API_KEYS")
         given = [k for k in (getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]) if k]
+        base = tuple(args.served_model_name or [args.model])
         return cls(
-            tasks, options, tuple(args.served_model_name or [args.model]), cached_tokenizer_from_config(config.model_config),
+            tasks, options, base, cached_tokenizer_from_config(config.model_config),
             own if len(own) else Keys(given), others=config.lora_config is not None,
         )  # fmt: skip
 

@@ -45,7 +45,9 @@ class Options:
         if odd := sorted(set(given) - set(known)):
             raise ConfigError(f"kv_connector_extra_config has {odd[0]!r}; expected only {', '.join(known)}")
         if lacking := [n for n in ("prefixes", "placeholder", "placeholder_text") if n not in given]:
-            raise ConfigError(f"kv_connector_extra_config has no {lacking[0]!r}; `foreword serve --engine vllm` writes it")
+            raise ConfigError(
+                f"kv_connector_extra_config has no {lacking[0]!r}; `foreword serve --engine vllm` writes it"
+            )
         kinds = {"str": str, "int": int, "bool": bool}
         for name, value in given.items():
             if type(value) is not kinds[str(known[name].type)]:

@@ -119,7 +119,9 @@ class Planner:
         whole = request.num_tokens > salt.length and list(before) == [self._placeholder] * salt.length
         return salt if whole else None
 
-    def _load(self, request_id: str, salt: Salt, start: int, stop: int, blocks: Sequence[int], over: bool = False) -> Load:
+    def _load(
+        self, request_id: str, salt: Salt, start: int, stop: int, blocks: Sequence[int], over: bool = False
+    ) -> Load:
         size = self._block_size()
         slots = tuple(blocks[p // size] * size + p % size for p in range(start, stop))
         return Load(request_id, salt, start, stop, slots, tuple(blocks[start // size : (stop - 1) // size + 1]), over)

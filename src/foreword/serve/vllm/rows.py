@@ -104,8 +104,8 @@ def check_servable(prefix: Prefix) -> int:
             raise MismatchError(f"{site.name} is {site.tower or site.kind} attention; vLLM serves decoders' own only")
         if site.sliding_window is not None:
             raise MismatchError(
-                f"{site.name} has a sliding window of {site.sliding_window} tokens, and vLLM would let it slide past the "
-                "prefix. Serve it with `foreword serve`"
+                f"{site.name} has a sliding window of {site.sliding_window} tokens, and vLLM would let it slide past "
+                "the prefix. Serve it with `foreword serve`"
             )
         if site.key_dim != site.value_dim:
             raise MismatchError(
@@ -113,11 +113,13 @@ def check_servable(prefix: Prefix) -> int:
                 "which vLLM caches in another form"
             )
         if site.calls != 1:
-            raise MismatchError(f"{site.name} is called {site.calls} times in a pass; vLLM's cache has one place for it")
+            raise MismatchError(
+                f"{site.name} is called {site.calls} times in a pass; vLLM's cache has one place for it"
+            )
         if prefix.position_offset != length and site.name not in prefix.rotations:
             raise MismatchError(
-                f"the model has learned or relative positions, so the prefix can't be moved: vLLM has its text start at "
-                f"{length}, it was trained for {prefix.position_offset}. Train it with position_offset={length}"
+                f"the model has learned or relative positions, so the prefix can't be moved: vLLM has its text start "
+                f"at {length}, it was trained for {prefix.position_offset}. Train it with position_offset={length}"
             )
     numbers = [layer_number(s.name) for s in prefix.sites]
     if len(set(numbers)) != len(numbers):

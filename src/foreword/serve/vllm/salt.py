@@ -37,8 +37,8 @@ class Salt:
     def __post_init__(self) -> None:
         if not _FORM.fullmatch(str(self)):
             raise ConfigError(
-                f"the task {self.name[:80]!r} with {self.length} tokens can't be named to vLLM; expected a name of at most "
-                f"{MOST_NAME} letters, digits, '.', '_' or '-', and 1 to 999,999 tokens"
+                f"the task {self.name[:80]!r} with {self.length} tokens can't be named to vLLM; expected a name of "
+                f"at most {MOST_NAME} letters, digits, '.', '_' or '-', and 1 to 999,999 tokens"
             )
 
     def __str__(self) -> str:
@@ -58,5 +58,7 @@ class Salt:
         """
         found = _FORM.fullmatch(text)
         if found is None:
-            raise ConfigError(f"{text[:130]!r} is not a salt that foreword made; ask for a task by its name, as the model")
+            raise ConfigError(
+                f"{text[:130]!r} is not a salt that foreword made; ask for a task by its name, as the model"
+            )
         return cls(found[4], found[1], int(found[2]), found[3] or "")

@@ -1,4 +1,4 @@
-"""The worker's half: prefixes by content, as many as there is room for, each as this worker holds its layers and heads."""
+"""The worker's half: prefixes by content, as many as there is room for, in the layers and heads that it holds."""
 
 from __future__ import annotations
 
@@ -35,10 +35,14 @@ class Store:
             return found
         prefix, digest = self.shelf.read(salt.name)
         if digest != salt.digest:
-            raise PrefixFileError(f"the prefix {salt.name!r} was replaced while a request for the old one waited; ask again")
+            raise PrefixFileError(
+                f"the prefix {salt.name!r} was replaced while a request for the old one waited; ask again"
+            )
         rows = rows_of(prefix)
         if rows.length != salt.length:
-            raise ConfigError(f"the prefix {salt.name!r} has {rows.length} tokens, the request was made for {salt.length}")
+            raise ConfigError(
+                f"the prefix {salt.name!r} has {rows.length} tokens, the request was made for {salt.length}"
+            )
         rows = self._part(rows)
         self._keep(salt.digest, rows)
         return rows

@@ -109,7 +109,9 @@ class Tasks:
             if self._shape is not None:
                 check_fits(prefix, self._shape)
             if self._checkpoint is not None and (what := self._checkpoint.difference(prefix.fingerprint)):
-                raise MismatchError(f"it was made on other weights ({prefix.fingerprint.base_model or 'unnamed'}): {what}")
+                raise MismatchError(
+                    f"it was made on other weights ({prefix.fingerprint.base_model or 'unnamed'}): {what}"
+                )
         except ForewordError as exc:
             raise MismatchError(f"{name!r} can't be served here: {exc}") from exc
         return Task(Salt(name, digest, length), self._placeholder)
