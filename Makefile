@@ -17,7 +17,7 @@ test: $(VENV)/.dev
 
 # vLLM pins other versions of much, so it has an environment of its own; some 4 GB on disk, CPU only.
 test-vllm: $(VLLM)/.ready
-	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python -m pytest -m vllm tests/vllm
+	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python -m pytest -m vllm tests/on_vllm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks examples notebooks

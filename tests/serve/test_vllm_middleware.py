@@ -1,4 +1,4 @@
-"""Tasks as models: what vLLM is asked, what clients are told, and what never gets through. vLLM itself: tests/vllm."""
+"""Tasks as models: what vLLM is asked, what clients are told, what never gets through. vLLM itself: tests/on_vllm."""
 
 from __future__ import annotations
 

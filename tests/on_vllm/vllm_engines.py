@@ -23,10 +23,9 @@ def options(shelf, **more):
 @contextmanager
 def engine(folder, shelf, *, by_module=False, events=None, blocks=64, extra=None, **more):
     """``vllm.LLM`` with the connector, small. ``by_module``: by its module's path, not as a plugin."""
+    from vllm import LLM
     from vllm.config import KVTransferConfig
     from vllm.distributed import cleanup_dist_env_and_memory
-
-    from vllm import LLM
 
     more = {"max_model_len": 256, "block_size": 32, "max_num_seqs": 16, **more}
     transfer = KVTransferConfig(
