@@ -23,6 +23,7 @@ from foreword.serve._bookings import Bookings
 from foreword.serve._calls import Calls
 from foreword.serve._text import Text
 from foreword.serve._work import Stats, Work
+from foreword.serve._workers import let_workers_go
 from foreword.serve.admission import Limits, next_group
 from foreword.serve.library import Library
 from foreword.serve.request import Answer, Request, Sampling, Sink
@@ -74,6 +75,7 @@ class Engine:
 
     def start(self) -> Engine:
         """Begin to work on what was submitted and what will be. Returns the engine."""
+        let_workers_go()
         self._thread.start()
         return self
 
