@@ -82,9 +82,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def keep(name: str, record: dict[str, Any]) -> Path:
-    """Write ``results/<name>.json``."""
+def keep(name: str, record: dict[str, Any], *, add: bool = False) -> Path:
+    """Write ``results/<name>.json``; ``add``: and keep what else it has, of parts that were measured before."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **record}, indent=1) + "\n", encoding="utf-8")
+    before = json.loads(path.read_text(encoding="utf-8")) if add and path.exists() else {}
+    path.write_text(json.dumps({**before, "machine": machine(), **record}, indent=1) + "\n", encoding="utf-8")
     return path

@@ -17,19 +17,21 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from _measure import hold_memory, keep, plainly, ratios, take_turns
 
 TEXTS = ["The film was", "I watched this one late at night, and", "Nobody could have", "Yesterday I saw that"] * 4
 ROWS = 16
+PARTS = ("mixed", "shared", "many", "server")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--only", nargs="+", default=["mixed", "shared", "many", "server"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--length", type=int, default=20, help="virtual tokens of a task")
     parser.add_argument("--long", type=int, default=2048, help="of the shared prefix")
     parser.add_argument("--tasks", type=int, default=1000)
@@ -48,13 +50,12 @@ def main() -> None:
     model, tokenizer = fw.load_model(options.model)
     record = {}
     for name in options.only:
-        record[name] = {"mixed": mixed, "shared": shared, "many": many, "server": server}[name](
-            model, tokenizer, options
-        )
+        part = {"mixed": mixed, "shared": shared, "many": many, "server": server}[name]
+        record[name] = part(model, tokenizer, options)
         for key, value in record[name].items():
             print(f"{name}: {key}: {value:.4g}" if isinstance(value, float) else f"{name}: {key}: {value}", flush=True)
     if not options.no_keep:
-        print("written:", keep("serving", {"options": vars(options), **record}))
+        print("written:", keep("serving", {"options": vars(options), **record}, add=True))
 
 
 def random_prefix(model, sites, length, seed=0):
@@ -74,11 +75,11 @@ def random_prefix(model, sites, length, seed=0):
 
 
 @contextmanager
-def library(model, prefixes):
+def library(model, prefixes, budget=None):
     """A library on the model, taken off again."""
     import foreword as fw
 
-    made = fw.Library(model)
+    made = fw.Library(model, budget=budget)
     try:
         for name, prefix in prefixes.items():
             made.add(name, prefix)
@@ -88,11 +89,11 @@ def library(model, prefixes):
 
 
 @contextmanager
-def engine(model, tokenizer, prefixes):
+def engine(model, tokenizer, prefixes, budget=None):
     """A running engine."""
     import foreword as fw
 
-    with library(model, prefixes) as held:
+    with library(model, prefixes, budget) as held:
         made = fw.Engine(held, tokenizer, fw.Limits(rows=ROWS)).start()
         try:
             yield made
@@ -202,25 +203,32 @@ def shared(model, tokenizer, options):
         return made
 
     @contextmanager
-    def concatenated():
+    def concatenated(wanted):
         held = cache()
         mask = torch.cat([torch.ones(ROWS, options.long, dtype=torch.long), batch["attention_mask"]], 1)
         ids = torch.cat([torch.zeros(ROWS, options.long, dtype=torch.long), batch["input_ids"]], 1)
-        yield generating(model, {"input_ids": ids, "attention_mask": mask}, options, past_key_values=held)
+        yield generating(model, {"input_ids": ids, "attention_mask": mask}, wanted, past_key_values=held)
 
     @contextmanager
-    def by_library():
+    def by_library(wanted):
         with library(model, {"long": prefix}) as held, held.use("long"):
-            yield generating(model, batch, options)
+            yield generating(model, batch, wanted)
 
     @contextmanager
-    def by_engine():
+    def by_engine(wanted):
         with engine(model, tokenizer, {"long": prefix}) as made:
-            yield lambda: made.generate(TEXTS, sampling(options), "long")
+            yield lambda: made.generate(TEXTS, sampling(wanted), "long")
 
-    variants = {"in each row's cache": concatenated, "engine": by_engine, "library.use and generate": by_library}
+    ways = {"in each row's cache": concatenated, "engine": by_engine, "library.use and generate": by_library}
+    one = argparse.Namespace(new_tokens=1)
+    variants = {(n, w.new_tokens): partial(way, w) for n, way in ways.items() for w in (options, one)}
     times = take_turns(variants, rounds=options.rounds)
-    found = {f"{n}: throughput / in each row's cache": 1 / r for n, r in ratios(times, "in each row's cache").items()}
+    writing = {  # without the prompt and the first token
+        n: [a - b for a, b in zip(times[n, options.new_tokens], times[n, 1], strict=True)] for n in ways
+    }
+    found = {f"{n}: decoding / in each row's cache": 1 / r for n, r in ratios(writing, "in each row's cache").items()}
+    whole = ratios({n: times[n, options.new_tokens] for n in ways}, "in each row's cache")
+    found |= {f"{n}: throughput / in each row's cache": 1 / r for n, r in whole.items()}
     copies = sum(t.numel() * t.element_size() for layer in cache().layers for t in (layer.keys, layer.values))
     with library(model, {"long": prefix}) as held, held.use("long"):
         seen = [held.view(s.name) for s in sites]
@@ -268,22 +276,18 @@ def many(model, tokenizer, options):
     }  # fmt: skip
 
 
-def server(model, tokenizer, options):
-    """Throughput of 16 streaming clients against the engine called directly."""
+@contextmanager
+def served(made, script, new_tokens):
+    """An engine behind HTTP, and a script's process of clients: gives what sends them off and returns their answer."""
     import socket
 
     import uvicorn
 
-    import foreword as fw
     from foreword.serve.http.app import create_app
     from foreword.serve.http.keys import Keys
     from foreword.serve.http.service import Settings
 
-    sites = fw.sites(model)
-    prefixes = {f"task{i}": random_prefix(model, sites, options.length, i) for i in range(ROWS)}
-    with ExitStack() as stack:
-        made = stack.enter_context(engine(model, tokenizer, prefixes))
-        bound = stack.enter_context(socket.socket())
+    with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         app = create_app(made, Settings("base", Keys(()), Keys(())))
         running = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
@@ -292,32 +296,42 @@ def server(model, tokenizer, options):
         while not running.started:
             time.sleep(0.01)
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        command = [sys.executable, __file__, "--client", url, "--new-tokens", str(options.new_tokens)]
-        process = stack.enter_context(
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        )
-        waits: list[float] = []
+        command = [sys.executable, script, "--client", url, "--new-tokens", str(new_tokens)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            process.stdout.readline()  # it is ready
 
-        def by_clients():
-            process.stdin.write("go\n")
-            process.stdin.flush()
-            waits.extend(float(w) for w in process.stdout.readline().split())
+            def ask():
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                return process.stdout.readline()
 
-        variants = {
-            "engine": plainly(lambda: made.generate(TEXTS, sampling(options), list(prefixes))),
-            "server": plainly(by_clients),
-        }
-        process.stdout.readline()  # it is ready
-        times = take_turns(variants, rounds=options.rounds)
-        process.stdin.close()
+            yield ask
+            process.stdin.close()
         running.should_exit = True
         thread.join()
-    waits.sort()
+
+
+def server(model, tokenizer, options):
+    """Throughput of 16 streaming clients against the engine called directly."""
+    import foreword as fw
+
+    prefixes = {f"task{i}": random_prefix(model, fw.sites(model), options.length, i) for i in range(ROWS)}
+    waits: list[float] = []
+    with engine(model, tokenizer, prefixes) as made, served(made, __file__, options.new_tokens) as ask:
+        variants = {
+            "engine": plainly(lambda: made.generate(TEXTS, sampling(options), list(prefixes))),
+            "server": plainly(lambda: waits.extend(float(w) for w in ask().split())),
+        }
+        times = take_turns(variants, rounds=options.rounds)
     return {
         "server: throughput / engine": 1 / ratios(times, "engine")["server"],
-        "seconds to a first token, p50": waits[len(waits) // 2],
-        "seconds to a first token, p99": waits[min(len(waits) - 1, len(waits) * 99 // 100)],
-    }
+        "seconds to a first token, p50": share(waits, 0.5), "seconds to a first token, p99": share(waits, 0.99),
+    }  # fmt: skip
+
+
+def share(numbers, part):
+    """That many of the numbers are below."""
+    return sorted(numbers)[min(len(numbers) - 1, int(len(numbers) * part))]
 
 
 async def clients(url: str, tokens: int) -> None:
