@@ -94,7 +94,8 @@ def server(options, folder, engine):
     command = [sys.executable, "-m", "foreword", "serve", "--model", options.model, "--name", "base", "--port", port]
     command += ["--dtype", options.dtype, "--prefix-dir", folder / "tasks", "--max-length", 1024]
     if engine == "vllm":
-        command += ["--engine", "vllm", "--vllm-python", options.vllm_python, "--", "--max-num-seqs", ROWS]
+        command += ["--engine", "vllm", "--vllm-python", options.vllm_python, "--", "--max-num-seqs", ROWS,
+                    "--block-size", 32]  # fmt: skip
     else:
         command += ["--rows", ROWS]
     more = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
