@@ -51,11 +51,12 @@ def main() -> None:
     record = {}
     for name in options.only:
         part = {"mixed": mixed, "shared": shared, "many": many, "server": server}[name]
-        record[name] = part(model, tokenizer, options)
-        for key, value in record[name].items():
+        found = part(model, tokenizer, options)
+        record[name] = {"options": {k: v for k, v in vars(options).items() if k != "only"}, **found}
+        for key, value in found.items():
             print(f"{name}: {key}: {value:.4g}" if isinstance(value, float) else f"{name}: {key}: {value}", flush=True)
     if not options.no_keep:
-        print("written:", keep("serving", {"options": vars(options), **record}, add=True))
+        print("written:", keep("serving", record, add=True))
 
 
 def random_prefix(model, sites, length, seed=0):
