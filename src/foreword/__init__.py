@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         PrecisionWarning,
         PrefixFileError,
         StoppedError,
+        StoreError,
         UnsupportedModelError,
     )
     from foreword.methods import AdapterConfig, BitFitConfig, FullConfig, LoRAConfig, MemoryConfig, PromptConfig
@@ -105,6 +106,7 @@ _HOMES = {
             "PrecisionWarning",
             "PrefixFileError",
             "StoppedError",
+            "StoreError",
             "UnsupportedModelError",
         ),
         "errors",
@@ -149,6 +151,7 @@ __all__ = [
     "Stage",
     "StoppedError",
     "Storage",
+    "StoreError",
     "TaskMixture",
     "Tuning",
     "UnsupportedModelError",

@@ -31,6 +31,12 @@ def parse(text: str, what: str, example: int) -> tuple[int | None, float | None]
     """
     if found := re.fullmatch(rf"\s*(-?\d+)\s*({what}|{what[:-1]})?\s*", text):
         return int(found[1]), None
-    if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text):
-        return None, float(found[1]) * _SECONDS[found[2]]
+    if (seconds := parse_seconds(text)) is not None:
+        return None, seconds
     raise ConfigError(f"the budget {text!r} is neither a number of {what} ({example}) nor a time (300s, 10m, 2h)")
+
+
+def parse_seconds(text: str) -> float | None:
+    """``"300s"``, ``"10m"``, ``"2h"`` in seconds; None: it is no time."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text)
+    return float(found[1]) * _SECONDS[found[2]] if found else None

@@ -59,7 +59,7 @@ def save(prefix: Prefix, folder: Path, *, overwrite: bool) -> Path:
             save_file(tensors, staging / WEIGHTS, metadata=embedded)
             (staging / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
             (staging / CARD).write_text(model_card(prefix, folder.name), encoding="utf-8")
-            _move(staging, folder)
+            move(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as exc:
@@ -81,8 +81,8 @@ def _embedded(description: dict[str, Any]) -> dict[str, str]:
         raise PrefixFileError(f"the prefix's metadata has something that JSON can't hold: {exc}") from exc
 
 
-def _move(staging: Path, folder: Path) -> None:
-    """Put the staged files into place: in one rename where the folder is new, else file by file.
+def move(staging: Path, folder: Path) -> None:
+    """Put a prefix's staged files into place: in one rename where the folder is new, else file by file.
 
     The weights go first and carry their own description, so a save that is cut short loses nothing.
     """
@@ -91,7 +91,8 @@ def _move(staging: Path, folder: Path) -> None:
         staging.rename(folder)
         return
     for name in (WEIGHTS, DESCRIPTION, CARD):
-        (staging / name).replace(folder / name)
+        if (staging / name).exists():
+            (staging / name).replace(folder / name)
 
 
 def _describe(prefix: Prefix) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -47,6 +47,10 @@ class MissingPartError(ForewordError):
     """Something optional is not installed; the message gives the command that installs it."""
 
 
+class StoreError(ForewordError):
+    """An object store, or what else a mirror follows, can't be read."""
+
+
 class OverloadedError(ForewordError):
     """A serving engine's queue is full; ``retry_after`` says in how many seconds to try again."""
 

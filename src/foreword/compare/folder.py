@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from foreword._begun import require, write_whole
+from foreword._locked import locked
 from foreword.errors import ConfigError, DataError
 from foreword.evaluate.run import changed
 
@@ -65,18 +66,8 @@ class Folder:
             ConfigError: another one does.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:  # Windows: nothing is locked
-            yield
-            return
-        with (self.path / LOCK).open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"another process is at work on {self.path}; wait for it, or give another --out"
-                ) from None
+        taken = f"another process is at work on {self.path}; wait for it, or give another --out"
+        with locked(self.path / LOCK, taken):
             yield
 
     def finished(self) -> dict[str, dict[str, Any]]:
