@@ -6,9 +6,11 @@ All servers stand on loopback in one run and are asked in turn, by streaming cli
            token, against the base model, against `foreword serve`, and against sending each text before its prompt.
 ``first``  one prompt for a task that nobody asked for yet, then another for the same: the second finds the blocks. The
            same with a text sent twice.
+``same``   whether the greedy answers of 16 tasks are those of `foreword serve` (rounding differs, and where two tokens
+           are about as likely the answers part).
 
     make test-vllm                         # once: makes the environment .venv-vllm
-    python benchmarks/vllm.py [--vllm-python .venv-vllm/bin/python] [--only mixed first] [--rounds 5]
+    python benchmarks/vllm.py [--vllm-python .venv-vllm/bin/python] [--only mixed first same] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from _measure import keep, plainly, ratios, take_turns
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["The film was", "I watched this one late at night, and", "Nobody could have", "Yesterday I saw that"] * 4
 ROWS = 16
+PARTS = ("mixed", "first", "same")
 SOURCE = ROOT / "README.md"  # any text that is long enough
 
 
@@ -44,7 +47,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=512, help="the same, of those that are asked for twice (first)")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=("mixed", "first"), default=["mixed", "first"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--no-keep", action="store_true", help="print only")
     options = parser.parse_args()
     with ExitStack() as stack:
@@ -52,16 +55,20 @@ def main() -> None:
         texts = make_tasks(options, folder / "tasks")
         on_vllm = stack.enter_context(server(options, folder, "vllm"))
         record = {}
-        if "mixed" in options.only:
+        if {"mixed", "same"} & set(options.only):
             own = stack.enter_context(server(options, folder, "foreword"))
+        if "mixed" in options.only:
             record["mixed"] = mixed(options, on_vllm, own, texts)
+        if "same" in options.only:
+            record["same"] = same(options, on_vllm, own)
         if "first" in options.only:
             record["first"] = first(options, on_vllm, texts)
     for name, found in record.items():
         for key, value in found.items():
             print(f"{name}: {key}: {value:.4g}", flush=True)
     if not options.no_keep:
-        print("written:", keep("vllm", {"options": {**vars(options), "vllm_python": ""}, **record}))
+        shown = {k: v for k, v in vars(options).items() if k not in ("vllm_python", "only")}
+        print("written:", keep("vllm", {n: {"options": shown, **found} for n, found in record.items()}, add=True))
 
 
 def make_tasks(options, folder):
@@ -134,22 +141,22 @@ def wait_for(url, process, log, seconds=600):
 
 
 def ask(url, requests, tokens):
-    """Requests (model, prompt) at once, streamed; seconds to each one's first token."""
+    """Requests (model, prompt) at once, streamed; seconds to each one's first token, and its text."""
     import httpx
 
     async def one(client, model, prompt):
         body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
                 "stream": True}  # fmt: skip
-        began, waited, said = time.perf_counter(), None, 0
+        began, waited, said = time.perf_counter(), None, []
         async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
             if response.status_code != 200:
                 raise SystemExit(f"{response.status_code}: {(await response.aread()).decode()}")
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
-                    said += len(json.loads(line[6:]).get("choices", ()))
+                    said += [c["text"] for c in json.loads(line[6:]).get("choices", ())]
                     waited = waited or time.perf_counter() - began
-        assert said >= min(tokens, 2) and waited is not None, f"{model}: {said} events"
-        return waited
+        assert len(said) >= min(tokens, 2) and waited is not None, f"{model}: {len(said)} events"
+        return waited, "".join(said)
 
     async def all_of_them():
         async with httpx.AsyncClient(timeout=600) as client:
@@ -167,7 +174,7 @@ def mixed(options, on_vllm, own, texts):
         def run():
             prompts = [f"No. {next(fresh)}. {p}" for p in PROMPTS]
             found = ask(url, [request(n, p) for n, p in zip(names, prompts, strict=True)], options.new_tokens)
-            waits.setdefault(label, []).append(statistics.median(found))
+            waits.setdefault(label, []).append(statistics.median(wait for wait, _ in found))
 
         return plainly(run)
 
@@ -189,18 +196,37 @@ def mixed(options, on_vllm, own, texts):
     return found
 
 
+def same(options, on_vllm, own):
+    """The answers of both."""
+    requests = [(f"task{number}", prompt) for number, prompt in enumerate(PROMPTS)]
+    theirs, ours = ([text for _, text in ask(url, requests, options.new_tokens)] for url in (on_vllm, own))
+    agreed = [agreement(*pair) for pair in zip(theirs, ours, strict=True)]
+    equal = sum(a == b for a, b in zip(theirs, ours, strict=True))
+    return {"answers equal, of 16": equal, "part of an answer before they differ": statistics.mean(agreed)}
+
+
+def agreement(a, b):
+    """The part of two texts before they differ."""
+    length = max(len(a), len(b))
+    return next((i for i in range(length) if a[i : i + 1] != b[i : i + 1]), length) / length
+
+
 def first(options, url, texts):
     """One at a time. A text's first request reads it, a task's first one loads the prefix's file."""
     waits = {"task, first": [], "task, second": [], "text, first": [], "text, second": [], "base": []}
-    ask(url, [("base", "One to begin with.")], 2)
+
+    def one(model, prompt):
+        return [wait for wait, _ in ask(url, [(model, prompt)], 2)]
+
+    one("base", "One to begin with.")
     for number in range(ROWS):
         name = f"long{number}"
         for time_, label in enumerate(("first", "second")):
             prompt = f"No. {number}, {time_}. {PROMPTS[number]}"
-            waits[f"task, {label}"] += ask(url, [(name, prompt)], 2)
-            waits[f"text, {label}"] += ask(url, [("base", texts[name] + prompt)], 2)
+            waits[f"task, {label}"] += one(name, prompt)
+            waits[f"text, {label}"] += one("base", texts[name] + prompt)
             if label == "first":
-                waits["base"] += ask(url, [("base", prompt)], 2)
+                waits["base"] += one("base", prompt)
     found = {f"{label}: time to a first token / base": ratio for label, ratio in ratios(waits, "base").items()}
     found["task: first / second"] = ratios(waits, "task, second")["task, first"]
     found["first: task / text"] = ratios(waits, "text, first")["task, first"]

@@ -26,9 +26,17 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class _Stderr(logging.StreamHandler[Any]):
+    """To stderr as it is when something is logged: a program may have put another one there meanwhile."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def set_up(level: int = logging.INFO) -> None:
     """Send foreword's and uvicorn's logs to stderr as JSON lines."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(JsonLines())
     for name, least in (("foreword", level), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
