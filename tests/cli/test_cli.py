@@ -50,8 +50,8 @@ def trained(folder, data, tmp_path_factory):
 
 
 COMMANDS = (
-    "train", "tune", "meta", "distill", "compress", "generate", "serve", "eval", "inspect", "look", "interference",
-    "demo", "doctor",
+    "train", "tune", "meta", "distill", "compress", "generate", "serve", "mirror", "eval", "compare", "inspect", "look",
+    "interference", "demo", "doctor",
 )  # fmt: skip
 
 

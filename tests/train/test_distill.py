@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import pytest
 import tiny
 import torch
+from distilling import ARGUMENTS, CONFIG, QUIET, TEXT, examples, losses, run, without_dropout
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from torch.nn.functional import kl_div
 
 import foreword as fw
 import zoo
-from foreword.data import Collator, EncodedDataset, encode, read_examples
+from foreword.data import Collator, encode, read_examples
 from foreword.train import _teacher
 from foreword.train._teacher import Answers, TeacherCollator, answer_inputs, answered, top_log_probs
-from foreword.train.distill import DistillTrainer, begun, distill, divergence
+from foreword.train.distill import DistillTrainer, begun, divergence
 from foreword.train.memory_estimate import estimate_memory
 from foreword.train.run import train_prefix
-
-TEXT = " ".join(zoo.SENTENCES)
-QUIET = Console(file=io.StringIO())
-ARGUMENTS = {"max_steps": 4, "per_device_train_batch_size": 3, "save_steps": 2, "logging_steps": 1, "use_cpu": True,
-             "report_to": "none", "eval_steps": 2}  # fmt: skip
-CONFIG = fw.PrefixConfig(length=6, init=TEXT, freeze_first=True)
-
-
-def examples(n=7, seq2seq=False, **more):
-    """Encoded questions and answers of different lengths."""
-    words = TEXT.split()
-    starts = [i % (len(words) - 6) for i in range(n)]
-    rows = [{"input": " ".join(words[s : s + 2 + i % 3]), "output": " " + " ".join(words[s + 5 : s + 7 + i % 4])}
-            for i, s in enumerate(starts)]  # fmt: skip
-    return encode(read_examples(rows), zoo.tokenizer(), max_length=64, seq2seq=seq2seq, **more)
-
-
-def run(model, out, teacher=TEXT, what=CONFIG, data=None, *, arguments=None, **more):
-    settings = {**ARGUMENTS, **(arguments or {})}
-    return distill(model, zoo.tokenizer(), teacher, what, data or examples(), out, settings, console=QUIET, **more)
-
-
-def without_dropout(model):
-    """A model trains as it is judged."""
-    for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout", "activation_dropout", "dropout_rate"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-
-
-def losses(result):
-    return [e["loss"] for e in result.history if "loss" in e]
-
 
 # ---------------------------------------------------------------- the loss
 
@@ -367,117 +333,3 @@ def test_nothing_is_begun_in_a_folder_of_something_else(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(fw.ConfigError, match="is a file"):
         run(model, tmp_path / "file")
-
-
-# ---------------------------------------------------------------- refused before anything is computed
-
-
-def unanswered():
-    data = examples()
-    ids = [data[i]["input_ids"] for i in range(len(data))]
-    return EncodedDataset(ids, [[i[0]] + [-100] * (len(i) - 1) for i in ids], data.stats)
-
-
-def other_prefix(name):
-    model = zoo.build(*(("llama", 1) if name == "weights" else ("gpt2", 0)))
-    return fw.Prefix.from_text(model, zoo.tokenizer(), TEXT)
-
-
-def conditional():
-    tuning = fw.attach(
-        zoo.build("llama"), fw.PrefixConfig(length=3, init="random", reparam="mlp", hidden=8, condition=2)
-    )
-    return tuning.bake()
-
-
-TROUBLE = {
-    "a text longer than the context": (
-        lambda: {"teacher": TEXT * 9},
-        fw.ConfigError,
-        r"has \d+ tokens and the longest example \d+: \d+, and .* reads 128 at most",
-    ),
-    "an empty text": (
-        lambda: {"teacher": " \n"},
-        fw.ConfigError,
-        "the teacher's text is empty",
-    ),
-    "no text and no prefix": (
-        lambda: {"teacher": CONFIG},
-        fw.ConfigError,
-        "a text or a Prefix, not PrefixConfig",
-    ),
-    "a student longer than its text": (
-        lambda: {"what": fw.PrefixConfig(length=99, init="The film")},
-        fw.ConfigError,
-        "the init text has",
-    ),
-    "no answers": (
-        lambda: {"data": unanswered()},
-        fw.DataError,
-        "none of the 7 examples .* has an answer token",
-    ),
-    "no answers to validate on": (
-        lambda: {"valid": unanswered()},
-        fw.DataError,
-        r"\(valid\) has an answer token",
-    ),
-    "a teacher of other weights": (
-        lambda: {"teacher": other_prefix("weights")},
-        fw.MismatchError,
-        "other weights",
-    ),
-    "a teacher of another shape": (
-        lambda: {"teacher": other_prefix("shape")},
-        fw.MismatchError,
-        "doesn't fit",
-    ),
-    "a student of other weights": (
-        lambda: {"what": other_prefix("weights")},
-        fw.MismatchError,
-        "other weights",
-    ),
-    "a teacher still to be made": (
-        lambda: {"teacher": conditional()},
-        fw.ConfigError,
-        r"teacher\.given\(vector\)",
-    ),
-    "top 0": (
-        lambda: {"top": 0},
-        fw.ConfigError,
-        "top=0; expected .* from 1 to 128",
-    ),
-    "top too large": (
-        lambda: {"top": 129},
-        fw.ConfigError,
-        "top=129",
-    ),
-    "several tasks": (
-        lambda: {"what": fw.PrefixConfig(length=2, init="random", tasks=("a", "b"))},
-        fw.ConfigError,
-        "has one student",
-    ),
-}
-
-
-@pytest.mark.parametrize("make, error, said", TROUBLE.values(), ids=TROUBLE)
-def test_refused_before_anything_is_computed(make, error, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(_teacher, "_shard", lambda *_: pytest.fail("the teacher was asked"))
-    model = zoo.build("llama")
-    with pytest.raises(error, match=said):
-        run(model, tmp_path / "out", **make())
-    assert not (tmp_path / "out").exists() and fw.tuning.tuning_of(model) is None
-    assert torch.equal(zoo.logits(model, input_ids=zoo.ids()), zoo.logits(zoo.build("llama"), input_ids=zoo.ids()))
-
-
-def test_models_and_prefixes_that_cannot(tmp_path):
-    with pytest.raises(fw.ConfigError, match="BertForMaskedLM predicts none"):
-        run(zoo.build("bert"), tmp_path / "out")
-    model = zoo.build("llama")
-    tuning = fw.attach(model, CONFIG, tokenizer=zoo.tokenizer())
-    with pytest.raises(fw.AttachError, match="attached already"):
-        run(model, tmp_path / "out")
-    baked = tuning.bake()
-    tuning.detach()
-    fw.attach(model, baked)  # frozen
-    with pytest.raises(fw.AttachError, match="this model has no trainable one"):
-        DistillTrainer(model, fw.PrefixTrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none"))

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
+from distilling import ARGUMENTS, CONFIG, TEXT, examples
 from rich.console import Console
-from test_distill import ARGUMENTS, CONFIG, TEXT, examples
 
 import zoo
 from foreword.train import _teacher
