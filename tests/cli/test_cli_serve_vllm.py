@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -60,3 +62,7 @@ def test_what_cannot_be_is_said_before_vllm_is_started(folder, shelf, tmp_path):
     assert "--port is set by foreword" in str(invoke(*common, "--", "--port", "3").exception)
     result = invoke(*common[:-1], "--vllm-python", tmp_path / "nowhere")
     assert result.exit_code == 1 and "give --vllm-python" in str(result.exception)
+    asked = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is not None)"
+    if subprocess.run([sys.executable, "-c", asked]).returncode == 0:
+        result = invoke(*common[:-1])
+        assert isinstance(result.exception, fw.MissingPartError) and "vllm can't be found" in str(result.exception)

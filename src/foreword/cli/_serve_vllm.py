@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import typer
 
 from foreword.cli._shared import quiet
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, MissingPartError
 
 # Options of `foreword serve` that mean the same here; the others are those of its own engine.
 _TAKEN = {
@@ -78,10 +79,22 @@ def run(
     if dry:
         typer.echo(str(command))
         return
+    _check_installed(command.arguments[0])
+    os.execvpe(command.arguments[0], command.arguments, {**os.environ, **command.environment})
+
+
+def _check_installed(python: str) -> None:
+    """Without importing either: vLLM takes its time."""
+    asks = "import importlib.util as u; print(*(n for n in ('vllm', 'foreword') if u.find_spec(n) is None))"
     try:
-        os.execvpe(command.arguments[0], command.arguments, {**os.environ, **command.environment})
-    except OSError as exc:
-        raise ConfigError(f"{command.arguments[0]} can't be run ({exc.strerror}); give --vllm-python") from exc
+        asked = subprocess.run([python, "-c", asks], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as exc:
+        raise ConfigError(f"{python} can't be run as a python ({exc}); give --vllm-python") from exc
+    if missing := asked.stdout.split():
+        raise MissingPartError(
+            f"{' and '.join(missing)} can't be found by {python}; install it there, or name the python of an environment "
+            "that has vLLM and foreword with --vllm-python (docs/vllm.md)"
+        )
 
 
 def _ends(config: Any) -> list[int]:
