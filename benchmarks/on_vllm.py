@@ -10,7 +10,7 @@ All servers stand on loopback in one run and are asked in turn, by streaming cli
            are about as likely the answers part).
 
     make test-vllm                         # once: makes the environment .venv-vllm
-    python benchmarks/vllm.py [--vllm-python .venv-vllm/bin/python] [--only mixed first same] [--rounds 5]
+    python benchmarks/on_vllm.py [--vllm-python .venv-vllm/bin/python] [--only mixed first same] [--rounds 5]
 """
 
 from __future__ import annotations
