@@ -77,7 +77,7 @@ def told(name: str, record: dict[str, Any]) -> str:
     dtype = facts["model"]["dtype"].removeprefix("torch.")
     blocks = [
         f"{record['about']['model']} in {dtype}, task `{facts['task']['name']}` ({parts} examples), {budget} of "
-        f"{facts['batch_size']} a line with the search for a learning rate, {seeds} seeds."
+        f"{facts['batch_size']} a line with the search for a learning rate, {seeds} seed{'s' if seeds > 1 else ''}."
     ]
     for test in tests:
         blocks += [f"**{test}**"] if len(tests) > 1 else []
