@@ -239,3 +239,33 @@ def test_inference_mode_half_precision_and_detaching():
     with half.use(["long", None, "long"]):
         got = zoo.logits(model, **arguments)
     close(got[0].float(), alone["long"][0], 0.2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_texts_are_written_on_each_with_its_task(name):
+    library, _, _ = filled(name)
+    library.model.generation_config.eos_token_id = None
+    tokenizer = zoo.tokenizer()
+    texts, tasks = ["The film", "There is a place in the city", "Write"], ["long", None, "short"]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    got = library.generate(tokenizer, texts, tasks, **options)
+    assert got == [
+        library.generate(tokenizer, [text], task, **options)[0] for text, task in zip(texts, tasks, strict=True)
+    ]
+    several = library.generate(tokenizer, texts, tasks, num_beams=2, num_return_sequences=2, **options)
+    alone = [
+        library.generate(tokenizer, [t], [k], num_beams=2, num_return_sequences=2, **options)
+        for t, k in zip(texts, tasks, strict=True)
+    ]
+    assert several == [answer for answers in alone for answer in answers]
+    assert library.generate(tokenizer, texts, **options) != got  # the base model
+    for arguments, message in (
+        (([],), "at least one text"),
+        (("The film",), "at least one text"),
+        ((texts, ["long"]), "1 tasks for 3 texts"),
+        ((["The film", ""], "long"), "text 1 has no token"),
+        ((texts, "lnog"), "did you mean long"),
+    ):
+        with pytest.raises(fw.ConfigError, match=message):
+            library.generate(tokenizer, *arguments, **options)
+    library.detach()

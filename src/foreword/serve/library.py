@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foreword import _interface
 from foreword._offloaded import device_of
@@ -16,6 +16,7 @@ from foreword._queries import Queries
 from foreword._views import SitePrefix
 from foreword.conditional import part_of
 from foreword.errors import AttachError, ConfigError, MismatchError
+from foreword.generation import write_on
 from foreword.prefix import Prefix
 from foreword.serve._mixing import Choice, view_of
 from foreword.serve.budget import Budget
@@ -208,6 +209,33 @@ class Library:
                 yield
         finally:
             self.holdings.release(held, promise)
+
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        tasks: str | Sequence[str | None] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """What the model writes after each text, each with its own task, in one batch.
+
+        Args:
+            tasks: one for all texts, or one a text; None is the base model.
+            options: as for ``model.generate``; with ``num_return_sequences`` a text's answers follow each other.
+
+        Raises:
+            ConfigError: a task is unknown, their number is not that of the texts, or a text has no token.
+            BudgetError: as :meth:`use`.
+        """
+        if not texts or isinstance(texts, str):
+            raise ConfigError(f"texts={texts!r}; expected a list of at least one text")
+        if tasks is not None and not isinstance(tasks, str) and len(tasks) != len(texts):
+            raise ConfigError(f"{len(tasks)} tasks for {len(texts)} texts; name one a text, or one for all")
+        rows = [tokenizer(text)["input_ids"] for text in texts]
+        if not all(rows):
+            raise ConfigError(f"text {rows.index([])} has no token; write at least one word")
+        with self.use(tasks):
+            return write_on(self.model, tokenizer, rows, **options)
 
     @contextmanager
     def reading(self, choice: Choice | None) -> Iterator[None]:
