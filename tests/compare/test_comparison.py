@@ -175,6 +175,26 @@ def test_resuming_repeats_nothing(done):
     assert {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*")} == before
 
 
+def test_a_run_that_measured_its_speed_is_not_repeated_without(done):
+    made, out, outcome = done
+    watcher, page = Runs(), (out / "report.md").read_text()
+    again = replace(made, plan=replace(made.plan, timed=False)).run(out, resume=True, watcher=watcher)
+    assert watcher.seen == [] and again.missing == 0
+    assert again.record["rows"] == outcome.record["rows"]
+    assert (out / "report.md").read_text() == page  # with what each line wrote
+
+
+def test_a_line_may_get_another_name(done):
+    made, out, _ = done
+    row, other = made.plan.rows
+    renamed = replace(made, plan=replace(made.plan, rows=[replace(row, label="from the text"), other]))
+    watcher = Runs()
+    runs = renamed.run(out, resume=True, watcher=watcher).record["runs"].values()
+    assert watcher.seen == []
+    assert {r["run"]["label"] for r in runs} == {"base model", "prompted", "from the text", "lora 2"}
+    made.run(out, resume=True)
+
+
 def test_a_folder_takes_no_other_comparison(done, tmp_path):
     made, out, _ = done
     with pytest.raises(ConfigError, match="holds a comparison already"):

@@ -110,7 +110,7 @@ class Comparison:
             return self._report(folder, facts, about, failed)
 
     def _go_on(self, folder: Folder, facts: Facts, watcher: Watcher, failed: dict[str, str]) -> None:
-        finished = folder.finished()
+        finished = self.plan.known(folder.finished(), facts)
         done = sum(run.key(facts) in finished for run in self.plan.runs(finished, facts))
         watcher.planned(len(self.plan), done)
         while (run := self.plan.next(finished, facts, list(failed))) is not None:
@@ -141,9 +141,13 @@ class Comparison:
         from foreword.compare.report import write_report
         from foreword.compare.table import tabulate
 
-        finished = folder.finished()
+        finished = self.plan.known(folder.finished(), facts)
         wanted = {run.key(facts): run for run in self.plan.runs(finished, facts)}
-        results = {key: finished[key] for key in wanted if key in finished}
+        # What a line is called isn't part of what it is: another preset may have trained it under another name.
+        results = {
+            key: {**finished[key], "run": {**finished[key]["run"], "label": run.label}}
+            for key, run in wanted.items() if key in finished
+        }  # fmt: skip
         table = tabulate(self.plan, results, facts)
         missing = len(self.plan) - len(results)
         record = {

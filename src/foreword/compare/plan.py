@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from foreword.compare.budget import Budget
@@ -131,6 +131,18 @@ class Plan:
         losses = [result["valid_loss"] if result is not None else None for result in found]
         known = [math.inf if loss is None else float(loss) for loss in losses]
         return self.factors[known.index(min(known))]
+
+    def known(self, finished: Mapping[str, Result], facts: Mapping[str, Any]) -> dict[str, Result]:
+        """What is finished, where a run that also measured its writing speed counts as the same run without.
+
+        Such a one has the name of its folder under ``folder``.
+        """
+        found = dict(finished)
+        for run in self.runs(finished, facts):
+            folder = replace(run, timed=True).key(facts)
+            if folder in finished:
+                found.setdefault(run.key(facts), {**finished[folder], "folder": folder})
+        return found
 
     def next(self, finished: Mapping[str, Result], facts: Mapping[str, Any], failed: Sequence[str] = ()) -> Run | None:
         """The first run that is neither finished nor failed just now; None: there is none."""

@@ -182,7 +182,7 @@ def _texts(out: Path, record: Mapping[str, Any]) -> Cells:
     """What each line's first seed writes for the first test examples."""
     found: Cells = []
     for key, result in record["runs"].items():
-        path = out / "runs" / key / "predictions.jsonl"
+        path = out / "runs" / result.get("folder", key) / "predictions.jsonl"
         if result["run"]["kind"] == "rate" or not path.is_file():
             continue
         if result["run"]["label"] in {row[0] for row in found}:
