@@ -238,6 +238,17 @@ def test_an_inconsistent_folder_is_refused(case, llama, tmp_path):
         fw.Prefix.load(folder)
 
 
+def test_a_loaded_prefix_outlives_its_file(llama, tmp_path):
+    """Whatever is written over the file does not reach numbers that are in use."""
+    saved = make(llama, 3)
+    saved.save(tmp_path / "p")
+    loaded, path = fw.Prefix.load(tmp_path / "p"), tmp_path / "p" / "prefix.safetensors"
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+        file.truncate(0)
+    assert loaded == saved
+
+
 def test_missing_folder_and_file_in_the_way(llama, tmp_path):
     with pytest.raises(fw.PrefixFileError, match="is not a folder"):
         fw.Prefix.load(tmp_path / "nothing")

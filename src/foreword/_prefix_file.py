@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialized
 from safetensors.torch import save as serialized
 from safetensors.torch import save_file
 from torch import Tensor
@@ -254,14 +255,20 @@ def _parse(text: bytes | str, path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors, and the description that was saved with them."""
+    """The tensors, and the description that was saved with them.
+
+    The file is opened once and read whole: opened for the header and again for the tensors it could be two files, where
+    somebody replaces it in between; and a mapped one would change under a prefix in use.
+    """
     path = folder / WEIGHTS
     if not path.is_file():
         raise PrefixFileError(f"{folder} holds no {WEIGHTS}; the folder is incomplete, save the prefix again")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("foreword")  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as exc:
+        data = path.read_bytes()
+        tensors = deserialized(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return tensors, header.get("__metadata__", {}).get("foreword")
+    except (SafetensorError, OSError, ValueError, KeyError) as exc:
         raise PrefixFileError(f"{path} can't be read as safetensors: {exc}") from exc
 
 

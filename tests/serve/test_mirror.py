@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import engines
@@ -182,13 +183,15 @@ def test_readers_see_the_old_one_or_the_new_one(store, tmp_path):
             got = fw.Prefix.load(folder / "a")
             found.append(next((n for n in store_names if got == MADE[n]), None))
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    for number in range(1, 30):
-        store.put("a", store_names[number % 3])
-        assert mirror.once() == [Change("a", "replaced")]
-    done.set()
-    reader.join()
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        try:
+            for number in range(1, 30):
+                store.put("a", store_names[number % 3])
+                assert mirror.once() == [Change("a", "replaced")]
+        finally:
+            done.set()
+        reader.result()  # what it raised
     assert None not in found and len(found) > 10, (len(found), set(found))
 
 
