@@ -290,9 +290,7 @@ def test_a_full_queue_and_late_answers(monkeypatch):
                 for late in (first, second):  # both run out of time: one while it is written, one in the queue
                     with pytest.raises(openai.APIError, match="no answer within"):
                         list(late)
-        servers.wait_for(
-            lambda: running.engine.stats.waiting == 0
-        )  # dropped between steps
+        servers.wait_for(lambda: running.engine.stats.waiting == 0)  # dropped between steps
         with pytest.raises(openai.APIStatusError, match="no answer within") as late:
             complete(client, "long", max_tokens=100)
         assert late.value.status_code == 504
