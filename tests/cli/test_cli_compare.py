@@ -117,6 +117,7 @@ def test_what_there_is(run):
         (("--model", "m", "--out", "o", "--metrics", "blue"), "did you mean bleu"),
         (("--model", "m", "--out", "o", "--budget", "10"), "--rates 1"),
         (("--model", "m", "--out", "o", "--resume"), "holds no comparison"),
+        (("--model", "m", "--out", "o", "--keep", "first"), "keep='first'; expected 'last', or 'best'"),
     ],
 )
 def test_bad_options_say_what_to_do(run, given, said, tmp_path, monkeypatch):

@@ -15,13 +15,13 @@ import zoo
 from foreword.compare import Budget
 from foreword.compare.training import Ordered, Paced, subset, train
 from foreword.data import Collator, encode, read_examples
-from foreword.losses import supervised_tokens
+from foreword.losses import example_losses, supervised_tokens
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "remove_unused_columns": False}
 
 
-def data():
-    return encode(read_examples(comparing.RECORDS), zoo.tokenizer(), max_length=40)
+def data(records=comparing.RECORDS):
+    return encode(read_examples(records), zoo.tokenizer(), max_length=40)
 
 
 @given(st.integers(1, 40), st.integers(0, 3), st.integers(1, 60))
@@ -54,13 +54,13 @@ class Seen(Collator):
         return super().__call__(examples)
 
 
-def run(config, budget, work, *, looks=2, seed=3, told=None, collator=None):
+def run(config, budget, work, *, looks=2, seed=3, told=None, collator=None, valid=None, **more):
     model = zoo.build("llama")
     torch.manual_seed(seed)
     tuning = fw.attach(model, config, tokenizer=zoo.tokenizer())
     found = train(
-        model, data(), data(), collator or Collator(0), work, budget=budget, batch_size=4, seed=seed, looks=looks,
-        tell=told or (lambda what: None),
+        model, data(), valid or data(), collator or Collator(0), work, budget=budget, batch_size=4, seed=seed,
+        looks=looks, tell=told or (lambda what: None), **more,
     )  # fmt: skip
     return tuning, *found
 
@@ -110,6 +110,27 @@ def test_looks_are_spread_over_the_budget(looks, wanted, tmp_path):
     _, watch, _, _ = run(fw.PrefixConfig(length=2, init="random"), Budget(steps=7), tmp_path, looks=looks)
     assert [p["step"] for p in watch.curve] == wanted
     assert watch.seconds > 0 and [p["seconds"] for p in watch.curve] == sorted(p["seconds"] for p in watch.curve)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [fw.PrefixConfig(length=2, init="random", reparam="mlp", learning_rate=0.02), fw.FullConfig(learning_rate=0.01)],
+)
+def test_the_state_of_the_best_validation_is_kept(config, tmp_path):
+    """Validated on what is never said, so that the more is learned, the worse it is."""
+    other = [{**r, "output": " 9 9 9 9"} for r in comparing.RECORDS]
+    left = {}
+    for keep in ("last", "best"):
+        tuning, watch, _, message = run(
+            config, Budget(steps=24), tmp_path / keep, looks=24, keep=keep, valid=data(other)
+        )
+        assert not message
+        with torch.no_grad():
+            left[keep] = math.fsum(example_losses(tuning.model, data(other), Collator(0)))
+        left[keep] /= sum(supervised_tokens(data(other), seq2seq=False))
+    losses = [p["loss"] for p in watch.curve]
+    assert min(losses) < losses[-1] - 0.01
+    assert left == {"last": pytest.approx(losses[-1], rel=1e-5), "best": pytest.approx(min(losses), rel=1e-5)}
 
 
 def test_seconds_of_training_end_a_run(tmp_path, monkeypatch):

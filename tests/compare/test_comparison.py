@@ -195,6 +195,22 @@ def test_a_line_may_get_another_name(done):
     made.run(out, resume=True)
 
 
+def test_the_best_state_is_tested_where_that_is_asked_for(model, tmp_path):
+    # Validated on what is never said, so that the more is learned, the worse it is.
+    other = [{**r, "output": " 9 9 9 9"} for r in comparing.RECORDS[:3]]
+    data = comparing.task(valid=other, tests={"test": other})
+    made = comparing.comparison(model, data=data, methods=("full",), budget=Budget(steps=12), factors=(200.0,))
+    made = replace(made, settings=replace(made.settings, keep="best", looks=12))
+    outcome = made.run(tmp_path / "out")
+    (result,) = (r for r in outcome.record["runs"].values() if r["run"]["kind"] == "final")
+    assert result["best"]["step"] < 12 and result["best"]["loss"] < result["curve"][-1]["loss"]
+    assert result["valid_loss"] == result["best"]["loss"]
+    assert result["tests"]["test"]["loss"]["value"] == pytest.approx(result["best"]["loss"], rel=1e-5)  # the same data
+    assert "what is tested is the state of the best validation" in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises(ConfigError, match='tested is "best validation" there'):
+        replace(made, settings=replace(made.settings, keep="last")).run(tmp_path / "out", resume=True)
+
+
 def test_a_folder_takes_no_other_comparison(done, tmp_path):
     made, out, _ = done
     with pytest.raises(ConfigError, match="holds a comparison already"):

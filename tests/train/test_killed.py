@@ -5,26 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import tiny
+from killing import SCRIPTS, start, whole_and_killed
 from typer.testing import CliRunner
 
 import foreword as fw
 import zoo
 from foreword.cli import app
 from foreword.train.trainer import last_checkpoint
-
-SCRIPTS = Path(__file__).parent / "scripts"
-
-
-def start(*command):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *map(str, command)], env=tiny.ENVIRONMENT, text=True, **pipes)
 
 
 def same(a, b):
@@ -37,30 +28,15 @@ def same(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["plain", "growth", "stages", "rollback", "monitor", "tasks"])
 def test_a_run_killed_six_times_ends_with_the_same_prefix(strategy, tmp_path):
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import run_tiny
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    read, write = os.pipe()
-    run_tiny.train(tmp_path / "whole", write, strategy)
-    os.close(read)
-    os.close(write)
-    out, seed = tmp_path / "killed", time.time_ns()
-    process = start(SCRIPTS / "run_tiny.py", out, seed, strategy)
-    printed, err = process.communicate(timeout=400)
-    told = f"seed {seed}\n{printed}\n{err[-3000:]}"
-    assert process.returncode == 0, told
-    ends = [int(line.split()[2]) for line in printed.splitlines()]
-    assert len(ends) == 6 and ends.count(signal.SIGKILL) >= 4 and set(ends) <= {0, signal.SIGKILL}, told
+    whole, out, told = whole_and_killed("run_tiny", strategy, tmp_path)
     for task in ("one", "two", "three") if strategy == "tasks" else ("",):
-        assert fw.Prefix.load(out / "final" / task) == fw.Prefix.load(tmp_path / "whole" / "final" / task), told
+        assert fw.Prefix.load(out / "final" / task) == fw.Prefix.load(whole / "final" / task), told
     logs = [json.loads((p / "checkpoint-14" / "trainer_state.json").read_text())["log_history"]
-            for p in (tmp_path / "whole", out)]  # fmt: skip
+            for p in (whole, out)]  # fmt: skip
     first, second = ([(e["step"], e["loss"], e.get("orthogonality")) for e in log if "loss" in e] for log in logs)
     assert first == second and len(first) == 14, told
     if strategy == "monitor":
-        seen = [(p / "monitor.jsonl").read_text() for p in (tmp_path / "whole", out)]
+        seen = [(p / "monitor.jsonl").read_text() for p in (whole, out)]
         assert seen[0] == seen[1] and len(seen[0].splitlines()) == 14, told
     for event, least in (("prefix_length", 2), ("rolled_back", 3)):
         happened = [[e for e in log if event in e] for log in logs]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import sys
 import time
 
 import pytest
-from test_killed import SCRIPTS, start
+from killing import start, whole_and_killed
 from typer.testing import CliRunner
 
 import foreword as fw
@@ -21,24 +19,9 @@ from foreword.train._meta_state import STATE, read_record
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["reptile", "fomaml"])
 def test_a_run_killed_six_times_ends_to_the_bit(algorithm, tmp_path):
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import meta_tiny
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    read, write = os.pipe()
-    meta_tiny.train(tmp_path / "whole", write, algorithm)
-    os.close(read)
-    os.close(write)
-    out, seed = tmp_path / "killed", time.time_ns()
-    process = start(SCRIPTS / "meta_tiny.py", out, seed, algorithm)
-    printed, err = process.communicate(timeout=400)
-    told = f"seed {seed}\n{printed}\n{err[-3000:]}"
-    assert process.returncode == 0, told
-    ends = [int(line.split()[2]) for line in printed.splitlines()]
-    assert len(ends) == 6 and ends.count(signal.SIGKILL) >= 4 and set(ends) <= {0, signal.SIGKILL}, told
-    assert fw.Prefix.load(out) == fw.Prefix.load(tmp_path / "whole"), told
-    assert (out / STATE).read_bytes() == (tmp_path / "whole" / STATE).read_bytes(), told
+    whole, out, told = whole_and_killed("meta_tiny", algorithm, tmp_path)
+    assert fw.Prefix.load(out) == fw.Prefix.load(whole), told
+    assert (out / STATE).read_bytes() == (whole / STATE).read_bytes(), told
     assert len(read_record(out)["history"]) == 14, told
 
 

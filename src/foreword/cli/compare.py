@@ -39,6 +39,7 @@ def run(
     test_limit: Annotated[int, Option(min=0, help="To test on; 0: all.", rich_help_panel=_TASK)] = 128,
     batch_size: Annotated[int, Option(min=1, help="Examples a step.", rich_help_panel=_RUN)] = 8,
     looks: Annotated[int, Option(min=1, help="Validations of a run.", rich_help_panel=_RUN)] = 8,
+    keep: Annotated[str | None, Option(help="What is tested of a run: its last state, or the one of the best validation.", rich_help_panel=_RUN, show_default="last; best with preset low-data")] = None,
     intervals: Annotated[int, Option(min=0, help="Bootstrap resamples for 95 % intervals; 0: none.", rich_help_panel=_RUN)] = 1000,
     prompted: Annotated[bool, Option(help="A line for the base model with the task's text before the input.", rich_help_panel=_RUN)] = True,
     speed: Annotated[bool, Option(help="Measure how fast each writes (with the first seed).", rich_help_panel=_RUN)] = True,
@@ -62,12 +63,14 @@ def run(
     from foreword.compare.comparison import Comparison
     from foreword.compare.folder import Folder
     from foreword.compare.plan import Plan
+    from foreword.compare.presets import known_preset
     from foreword.compare.settings import Settings
 
     allowed, factors = Budget.parse(budget), parse_factors(rates)
     if out is not None and not dry_run:
         Folder(out).require(resume=resume)
-    settings = Settings(model, dtype, attn, batch_size, looks, intervals)
+    kept: Any = keep or (known_preset(preset).keep if preset is not None else "last")
+    settings = Settings(model, dtype, attn, batch_size, looks, intervals, kept)
     limits = {"train": train_limit or None, "valid": valid_limit or None, "test": test_limit or None}
     changes = {
         "metrics": None if metrics is None else _names(metrics, none=True), "init": init, "max_length": max_length,

@@ -118,13 +118,15 @@ def _trained(
         result["parameters"], result["share"] = tuning.num_parameters, tuning.num_parameters / base
         watch, seen, message = train(
             model, data, valid, collator, work / "training", budget=run.budget, batch_size=settings.batch_size,
-            seed=run.seed, looks=1 if run.kind == "rate" else settings.looks, tell=tell,
+            seed=run.seed, looks=1 if run.kind == "rate" else settings.looks, tell=tell, keep=settings.keep,
         )  # fmt: skip
         losses = [p for p in watch.curve if math.isfinite(p["loss"])]
+        best = min(losses, key=lambda p: p["loss"]) if losses else None
+        tested = best if settings.keep == "best" else losses[-1] if losses else None
         result |= {
             "outcome": "diverged" if message else "complete", "message": message, **seen,
-            "valid_loss": losses[-1]["loss"] if losses and not message else None,
-            "best": min(losses, key=lambda p: p["loss"]) if losses else None,
+            "valid_loss": tested["loss"] if tested is not None and not message else None,
+            "best": best,
             "curve": watch.curve, "train": watch.train,
         }  # fmt: skip
         measured["training_seconds"] = watch.seconds

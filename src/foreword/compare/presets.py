@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from foreword.compare.rows import USUAL, Row, make_rows
 from foreword.compare.tasks import TaskData
 from foreword.config import PrefixConfig
 from foreword.errors import ConfigError
+
+if TYPE_CHECKING:
+    from foreword.compare.settings import Keep
 
 Lines = Callable[[TaskData, Sequence[str], Sequence[int], int], list[Row]]
 
@@ -23,6 +27,7 @@ class Preset:
         make: the lines, from the task, the methods and lengths asked for, and the number of layers.
         task: where none is given.
         methods, lengths: where none are given; empty: the preset does not ask for them.
+        keep: which state of a run is tested, as for :class:`Settings`.
     """
 
     what: str
@@ -30,6 +35,7 @@ class Preset:
     task: str = "reviews"
     methods: tuple[str, ...] = ()
     lengths: tuple[int, ...] = (20,)
+    keep: Keep = "last"
 
 
 def _own(label: str, task: TaskData, size: int, **config: object) -> Row:
@@ -108,6 +114,7 @@ PRESETS: Mapping[str, Preset] = {
     "initialisation": Preset("random, unrelated words, words about the task, a text", _initialisation),
     "low-data": Preset(
         "50, 100, 200 and 500 examples, drawn anew for each seed", _low_data, methods=("prefix", "lora", "full"),
+        keep="best",
     ),
     "extrapolation": Preset(
         "tested on what was not trained on: another source of reviews, or tables with a slot that was left out",

@@ -44,7 +44,7 @@ def _parts(task: TaskData, plan: Plan, record: Mapping[str, Any], texts: Cells) 
     lines = record["rows"]
     parts: list[Part] = [
         ("", _about(task, plan, record), []),
-        ("Quality", _quality_notes(lines), _quality_tables(task, lines)),
+        ("Quality", _quality_notes(lines, record["facts"].get("tested")), _quality_tables(task, lines)),
         ("Cost", _cost_notes(plan), [("", cost(lines))]),
     ]
     if any(line["search"] for line in lines):
@@ -86,11 +86,12 @@ def _reported(found: Sequence[Reported]) -> Part:
     return "What the literature reports", [CAUTION, *said], tables
 
 
-def _quality_notes(lines: Sequence[Line]) -> list[str]:
+def _quality_notes(lines: Sequence[Line], tested: str | None) -> list[str]:
+    state = f"the state of the {tested}" if tested else "what the run ends with"
     found = [
         "Mean over seeds ± standard deviation over seeds (where there are several), and in brackets the 95 % bootstrap "
         "interval over test examples, its ends averaged over seeds. Loss is the negative log-likelihood of the (first) "
-        "reference in nats a token; what is tested is what the run ends with.",
+        f"reference in nats a token; what is tested is {state}.",
     ]
     notes: dict[str, str] = {}
     for line in lines:

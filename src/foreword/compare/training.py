@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from foreword.compare.budget import Budget
 from foreword.compare.measure import forget_peak, resident
+from foreword.compare.settings import Keep
 from foreword.compare.tasks import digest
 from foreword.data import Collator, EncodedDataset
 from foreword.losses import example_losses, supervised_tokens
@@ -96,8 +97,10 @@ def _factor(done: float, step: int) -> float:
 class Watch(TrainerCallback):
     """Times the steps, looks at the validation loss now and then, and ends the run when its seconds are over."""
 
-    def __init__(self, budget: Budget, looks: int, valid: Callable[[], float], tell: Tell) -> None:
-        self.budget, self.looks, self.valid, self.tell = budget, looks, valid, tell
+    def __init__(
+        self, budget: Budget, looks: int, valid: Callable[[], float], tell: Tell, better: Callable[[], None]
+    ) -> None:
+        self.budget, self.looks, self.valid, self.tell, self.better = budget, looks, valid, tell, better
         self.seconds = 0.0
         self.peak: int | None = None
         self.curve: list[dict[str, float]] = []
@@ -116,8 +119,11 @@ class Watch(TrainerCallback):
 
     def look(self, step: int) -> None:
         """Validate; what that takes counts for neither time nor memory."""
-        self.curve.append({"step": step, "seconds": self.seconds, "loss": self.valid()})
-        self.tell({"step": step, "valid": self.curve[-1]["loss"]})
+        loss, best = self.valid(), min((p["loss"] for p in self.curve), default=math.inf)
+        self.curve.append({"step": step, "seconds": self.seconds, "loss": loss})
+        if loss < best:
+            self.better()
+        self.tell({"step": step, "valid": loss})
         self._fresh = forget_peak()
 
     def on_train_begin(
@@ -164,12 +170,14 @@ def train(
     seed: int,
     looks: int,
     tell: Tell,
+    keep: Keep = "last",
 ) -> tuple[Watch, dict[str, Any], str]:
     """Train what is attached.
 
     Args:
         work: a folder of the run's own.
         looks: validations, evenly over the budget; with more than one, there is one before the first step as well.
+        keep: the state that is left on the model: the last, or that of the best validation.
 
     Returns:
         What was watched, what was seen, and why it diverged (empty: it did not).
@@ -192,7 +200,13 @@ def train(
             found = example_losses(model, valid, collator, batch_size=16, prepare=trainer._prepare_inputs)
         return math.fsum(found) / tokens
 
-    watch, message = Watch(budget, looks, loss, tell), ""
+    holder, best = trainer.tuning.holder, {}
+
+    def better() -> None:
+        if keep == "best":
+            best.update({name: tensor.detach().clone() for name, tensor in holder.state_dict().items()})
+
+    watch, message = Watch(budget, looks, loss, tell, better), ""
     if budget.steps is None:
         trainer.clock = watch.clock
     trainer.add_callback(watch)
@@ -202,6 +216,8 @@ def train(
         trainer.train()
     except DivergedError as exc:
         message = str(exc).split(" Try a third", 1)[0].split(" The last good", 1)[0]
+    if best:
+        holder.load_state_dict(best)
     done = trainer.state.global_step
     if not message and watch.curve and not math.isfinite(watch.curve[-1]["loss"]):
         message = f"the validation loss is {watch.curve[-1]['loss']} after step {done}"
