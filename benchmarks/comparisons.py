@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 KEPT = ("preset", "facts", "rows", "failed", "missing_runs")
 UNTIMED = ("× time", "writing speed")  # these runs shared the machine with others; benchmarks/step.py has times
-PICTURES = ("length", "steps")  # the first that there is
+PICTURES = ("length", "examples", "steps")  # the first that there is
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ import statistics
 import comparing
 import pytest
 
-from foreword.compare import PRESETS, Budget, Plan, make_rows
+from foreword.compare import PRESETS, Budget, Plan, make_rows, preset_rows
 from foreword.compare.literature import LITERATURE
+from foreword.compare.plots import draw
 from foreword.compare.report import cost, quality, rates, write_report
 from foreword.compare.table import tabulate
 
@@ -86,9 +87,9 @@ def test_tables_say_what_the_lines_hold(made):
     _, plan, results = made
     lines = tabulate(plan, results, FACTS)
     head, base, prefix, full = quality(lines, "test")
-    assert head[2] == "loss ↓" and base[1:] == ["", "4.000 [3.000, 6.000]"]
-    assert prefix[1:] == ["50", "1.700 ± 0.819 [0.700, 3.700]"] and full[0] == "full (1 of 2 diverged)"
-    assert quality(lines, "test", brief=True)[2][2] == "1.700 ± 0.819"
+    assert head[2:] == ["validation loss ↓", "loss ↓"] and [base[1], base[3]] == ["", "4.000 [3.000, 6.000]"]
+    assert [prefix[1], prefix[3]] == ["50", "1.700 ± 0.819 [0.700, 3.700]"] and full[0] == "full (1 of 2 diverged)"
+    assert quality(lines, "test", brief=True)[2][3] == "1.700 ± 0.819"
     table = cost(lines)
     assert table[3][table[0].index("× time")] == "2.50" and "writing speed" not in table[0]
     assert set(cost(lines, brief=True)[0]) < set(table[0])
@@ -109,6 +110,21 @@ def test_pages_escape_what_they_show(made, preset, tmp_path):
     assert columns
     if preset in ("methods", "placement"):
         assert "70.3" in text and "70.3" in page and "Another model" in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "lengths", "wanted"),
+    [("methods", [4], set()), ("initialisation", [4], set()), ("initialisation", [4, 8], {"length"}),
+     ("length", [4, 8], {"length"}), ("low-data", [4], {"examples"})],
+)  # fmt: skip
+def test_what_varies_is_drawn_against(preset, lengths, wanted, tmp_path):
+    task = comparing.task(train=comparing.RECORDS * 14, words="film")
+    rows = preset_rows(preset, task, methods=["prefix", "lora:2"], lengths=lengths)
+    plan = Plan(rows, (0,), Budget(steps=3), (1.0,), prompted=False)
+    results = {run.key(FACTS): result(run, 2.0) for run in plan.runs({}, FACTS)}
+    drawn = draw(tabulate(plan, results, FACTS), list(results.values()), tmp_path)
+    assert set(drawn) - {"parameters", "steps", "curves"} == wanted
+    assert all(path.stat().st_size for files in drawn.values() for path in files)
 
 
 def test_the_literature_has_as_many_numbers_as_names():

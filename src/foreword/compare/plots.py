@@ -12,6 +12,7 @@ Line = Mapping[str, Any]
 NAMES = {
     "parameters": "Quality against trained parameters",
     "length": "Quality against length",
+    "examples": "Quality against training examples",
     "steps": "Validation loss against steps and seconds of training",
     "curves": "Loss in training, run by run",
 }
@@ -34,9 +35,9 @@ def draw(lines: Sequence[Line], runs: Sequence[Mapping[str, Any]], out: Path) ->
     figures: dict[str, Any] = {}
     if trained:
         figures["parameters"] = _against(lines, trained, panels, "parameters", "trained parameters", logarithmic=True)
-    if len({line["length"] for line in trained if line["length"]}) > 1:
-        own = [line for line in trained if line["length"]]
-        figures["length"] = _against(lines, own, panels, "length", "virtual tokens", logarithmic=True)
+    for what, label in (("length", "virtual tokens"), ("examples", "training examples")):
+        if own := _varied(trained, what):
+            figures[what] = _against(lines, own, panels, what, label, logarithmic=True)
     curves = _by_label(runs)
     if any(r["curve"] for rs in curves.values() for r in rs):
         figures["steps"] = _steps(curves, lines)
@@ -44,6 +45,15 @@ def draw(lines: Sequence[Line], runs: Sequence[Mapping[str, Any]], out: Path) ->
     return {
         name: [save_figure(figure, out / f"{name}{suffix}") for suffix in _FILES] for name, figure in figures.items()
     }
+
+
+def _varied(lines: Sequence[Line], what: str) -> list[Line]:
+    """Those of methods that are there with several of something."""
+    found: dict[str, set[int]] = {}
+    for line in lines:
+        if line[what] is not None:
+            found.setdefault(line["method"], set()).add(line[what])
+    return [line for line in lines if line[what] is not None and len(found[line["method"]]) > 1]
 
 
 def _panels(lines: Sequence[Line]) -> list[tuple[str, str]]:

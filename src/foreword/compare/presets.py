@@ -38,10 +38,10 @@ class Preset:
     keep: Keep = "last"
 
 
-def _own(label: str, task: TaskData, size: int, **config: object) -> Row:
-    """A prefix with other options, as a line and method of its own."""
+def _own(method: str, task: TaskData, size: int, lengths: Sequence[int], **config: object) -> Row:
+    """A prefix with other options, as a method of its own; the line says its length where there are several."""
     made = PrefixConfig(**{"length": size, "init": task.init, "repeat": True, **config})  # type: ignore[arg-type]
-    return Row(label, (made,), label, size)
+    return Row(method if len(lengths) == 1 else f"{method}, {size}", (made,), method, size)
 
 
 def _length(task: TaskData, methods: Sequence[str], lengths: Sequence[int], layers: int) -> list[Row]:
@@ -51,11 +51,11 @@ def _length(task: TaskData, methods: Sequence[str], lengths: Sequence[int], laye
 def _reparameterisation(task: TaskData, methods: Sequence[str], lengths: Sequence[int], layers: int) -> list[Row]:
     found = []
     for n in lengths:
-        found += [_own(_sized("direct, from text", n, lengths), task, n)]
-        found += [_own(_sized("direct, random", n, lengths), task, n, init="random")]
+        found += [_own("direct, from text", task, n, lengths)]
+        found += [_own("direct, random", task, n, lengths, init="random")]
         for depth in (1, 2, 3):
-            label = _sized(f"MLP of {depth} layer{'s' if depth > 1 else ''}, random", n, lengths)
-            found.append(_own(label, task, n, init="random", reparam="mlp", depth=depth))
+            method = f"MLP of {depth} layer{'s' if depth > 1 else ''}, random"
+            found.append(_own(method, task, n, lengths, init="random", reparam="mlp", depth=depth))
     return found
 
 
@@ -73,7 +73,7 @@ def _layers(task: TaskData, methods: Sequence[str], lengths: Sequence[int], laye
         f"last {quarter}": f"last:{quarter}",
         "every second": "every:2",
     }
-    return [_own(_sized(label, n, lengths), task, n, sites=sites) for n in lengths for label, sites in places.items()]
+    return [_own(label, task, n, lengths, sites=sites) for n in lengths for label, sites in places.items()]
 
 
 def _initialisation(task: TaskData, methods: Sequence[str], lengths: Sequence[int], layers: int) -> list[Row]:
@@ -88,7 +88,7 @@ def _initialisation(task: TaskData, methods: Sequence[str], lengths: Sequence[in
         "task words": f"words:{task.words}",
         "text": task.init,
     }
-    return [_own(_sized(label, n, lengths), task, n, init=init) for n in lengths for label, init in starts.items()]
+    return [_own(label, task, n, lengths, init=init) for n in lengths for label, init in starts.items()]
 
 
 def _low_data(task: TaskData, methods: Sequence[str], lengths: Sequence[int], layers: int) -> list[Row]:
@@ -97,10 +97,6 @@ def _low_data(task: TaskData, methods: Sequence[str], lengths: Sequence[int], la
         raise ConfigError(f"preset low-data trains on 50 examples and more, and task {task.name} has {len(task.train)}")
     rows = make_rows(methods, lengths, task)
     return [replace(row, label=f"{row.label}, {n} examples", examples=n) for n in sizes for row in rows]
-
-
-def _sized(label: str, n: int, lengths: Sequence[int]) -> str:
-    return label if len(lengths) == 1 else f"{label}, {n}"
 
 
 PRESETS: Mapping[str, Preset] = {

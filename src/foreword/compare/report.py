@@ -18,7 +18,7 @@ from foreword.compare.tasks import TaskData
 Line = Mapping[str, Any]
 Cells = list[list[str]]
 RESULTS, MARKDOWN, PAGE, PLOTS = "results.json", "report.md", "report.html", "plots"
-_NOT_BRIEF = ("share", "tokens trained on", "training s", "memory", "validation")
+_NOT_BRIEF = ("share", "tokens trained on", "training s", "memory")
 _SHOWN = 3  # test examples whose texts are shown
 
 
@@ -131,32 +131,33 @@ def _rate_notes(plan: Plan, lines: Sequence[Line]) -> list[str]:
 
 
 def quality(lines: Sequence[Line], test: str, *, brief: bool = False) -> Cells:
-    """The table of a test's metrics; ``brief``: without intervals."""
+    """The table of the validation loss and a test's metrics; ``brief``: without intervals."""
     metrics = list(dict.fromkeys(m for line in lines for m in line["tests"].get(test, {})))
     units = {m: s["unit"] for line in lines for m, s in line["tests"].get(test, {}).items()}
     arrows = {
         m: "↑" if s["higher_is_better"] else "↓" for line in lines for m, s in line["tests"].get(test, {}).items()
     }
-    head = ["", "parameters", *(f"{m} {arrows[m]}" + (" %" if units[m] == "%" else "") for m in metrics)]
+    of_tests = [f"{m} {arrows[m]}" + (" %" if units[m] == "%" else "") for m in metrics]
     rows = []
     for line in lines:
         scores = line["tests"].get(test, {})
         name = line["label"] + (f" ({line['diverged']} of {line['runs']} diverged)" if line["diverged"] else "")
-        rows.append([name, _count(line), *(_score(scores.get(m), brief) for m in metrics)])
-    return [head, *rows]
+        valid = _with_spread(line["valid_loss"], 3)
+        rows.append([name, _count(line), valid, *(_score(scores.get(m), brief) for m in metrics)])
+    return [["", "parameters", "validation loss ↓", *of_tests], *rows]
 
 
 def cost(lines: Sequence[Line], *, brief: bool = False) -> Cells:
     """The table of what each line costs; ``brief``: only what people look at first."""
     head = ["", "parameters", "share", "stored", "steps", "tokens trained on", "training s", "× time", "memory",
-            "× memory", "best step", "validation", "writing speed"]  # fmt: skip
+            "× memory", "best step", "writing speed"]  # fmt: skip
     rows = [
         [
             line["label"], _count(line), f"{line['share']:.3%}" if line["parameters"] else "",
             _bytes(line["stored_bytes"]) if line["stored_bytes"] else "", _mean(line["steps"], "{:,.0f}"),
             _mean(line["supervised_tokens"], "{:,.0f}"), _mean(line["training_seconds"], "{:.1f}"),
             _number(line["training_seconds_ratio"]), _mean(line["peak_bytes"], "", _bytes),
-            _number(line["peak_bytes_ratio"]), _mean(line["best_step"], "{:.0f}"), _mean(line["valid_loss"], "{:.3f}"),
+            _number(line["peak_bytes_ratio"]), _mean(line["best_step"], "{:.0f}"),
             _mean(line["speed_ratio"], "{:.2f}"),
         ] for line in lines
     ]  # fmt: skip
@@ -270,12 +271,16 @@ def _score(score: Mapping[str, Any] | None, brief: bool = False) -> str:
     if not score or score["mean"] is None:
         return ""
     digits = 3 if score["unit"] == "nats a token" else 2
-    text = f"{score['mean']:.{digits}f}"
-    if score["sd"] is not None:
-        text += f" ± {score['sd']:.{digits}f}"
+    text = _with_spread(score, digits)
     if not brief and score["low"] is not None and score["high"] is not None:
         text += f" [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
     return text
+
+
+def _with_spread(spread: Mapping[str, Any] | None, digits: int) -> str:
+    if spread is None:
+        return ""
+    return f"{spread['mean']:.{digits}f}" + (f" ± {spread['sd']:.{digits}f}" if spread["sd"] is not None else "")
 
 
 def _mean(spread: Mapping[str, Any] | None, form: str, shown: Any = None) -> str:
