@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -306,8 +305,7 @@ def test_ctrl_c_leaves_what_is_written_and_the_run_goes_on(folder, data, tmp_pat
     command = [sys.executable, "-m", "foreword", "eval", "--data", many, "--model", folder, "--metrics", "rougeL",
                "--batch-size", "2", "--max-new-tokens", "40", "--intervals", "0", "--json"]  # fmt: skip
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background
-    process = subprocess.Popen([*map(str, command), "--out", str(out)], preexec_fn=heard, **pipes)
+    process = subprocess.Popen([*map(str, command), "--out", str(out)], **pipes)
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
         if (out / "writing.jsonl").exists() and (out / "writing.jsonl").read_text().count("\n") > 2:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,11 +78,10 @@ class Process:
     """`foreword serve` as people run it."""
 
     def __init__(self, *options, environment=None):
-        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background
         command = [sys.executable, "-m", "foreword", "serve", "--port", "0", *map(str, options)]
         self.process = subprocess.Popen(
-            command, env={**ENVIRONMENT, **(environment or {})}, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, preexec_fn=heard,
+            command, env={**ENVIRONMENT, **(environment or {})}, text=True,
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self.lines = []
         self.url = None

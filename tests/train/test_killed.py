@@ -9,12 +9,14 @@ import sys
 import time
 
 import pytest
+import tiny
 from killing import SCRIPTS, start, whole_and_killed
 from typer.testing import CliRunner
 
 import foreword as fw
 import zoo
 from foreword.cli import app
+from foreword.train.monitor import Monitor
 from foreword.train.trainer import last_checkpoint
 
 
@@ -42,6 +44,18 @@ def test_a_run_killed_six_times_ends_with_the_same_prefix(strategy, tmp_path):
         happened = [[e for e in log if event in e] for log in logs]
         expected = least if event == {"growth": "prefix_length", "rollback": "rolled_back"}.get(strategy) else 0
         assert happened[0] == happened[1] and len(happened[0]) >= expected, told
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_at_its_end(tmp_path):
+    def trained(resume):  # six steps in the middle of a second epoch, and a learning rate that isn't zero at the end
+        model, tuning = tiny.tuned()
+        made = tiny.trainer(model, tmp_path, callbacks=[Monitor(every=1)], lr_scheduler_type="constant")
+        made.train(resume_from_checkpoint=resume)
+        return tuning.bake(), made.state.global_step, (tmp_path / "monitor.jsonl").read_text()
+
+    whole = trained(resume=None)
+    assert whole[1] == tiny.STEPS == len(whole[2].splitlines())
+    assert trained(resume=True) == whole
 
 
 @pytest.mark.slow

@@ -303,6 +303,13 @@ class PrefixTrainer(Trainer):
             raise PrefixFileError("no checkpoint was the best one: nothing was evaluated before a checkpoint was saved")
         load_training_state(self.tuning, Path(self.state.best_model_checkpoint))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As usual, but a run that was killed after its last checkpoint takes no step beyond its last."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, and draw the loss curve (``curve.png``).
 
