@@ -122,9 +122,11 @@ def test_what_varies_is_drawn_against(preset, lengths, wanted, tmp_path):
     rows = preset_rows(preset, task, methods=["prefix", "lora:2"], lengths=lengths)
     plan = Plan(rows, (0,), Budget(steps=3), (1.0,), prompted=False)
     results = {run.key(FACTS): result(run, 2.0) for run in plan.runs({}, FACTS)}
+    (tmp_path / "length.svg").write_text("of an earlier report")
     drawn = draw(tabulate(plan, results, FACTS), list(results.values()), tmp_path)
     assert set(drawn) - {"parameters", "steps", "curves"} == wanted
-    assert all(path.stat().st_size for files in drawn.values() for path in files)
+    assert all(path.read_bytes()[:4] in (b"\x89PNG", b"<?xm") for files in drawn.values() for path in files)
+    assert {path for files in drawn.values() for path in files} == set(tmp_path.iterdir())
 
 
 def test_the_literature_has_as_many_numbers_as_names():

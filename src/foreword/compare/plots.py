@@ -28,20 +28,23 @@ def draw(lines: Sequence[Line], runs: Sequence[Mapping[str, Any]], out: Path) ->
         runs: results of final runs, with their ``label`` under ``run``.
 
     Returns:
-        The files by the picture's name.
+        The files by the picture's name. Those of an earlier report that are no longer drawn are removed.
     """
     panels = _panels(lines)
     trained = [line for line in lines if line["kind"] == "final" and line["tests"]]
     figures: dict[str, Any] = {}
     if trained:
-        figures["parameters"] = _against(lines, trained, panels, "parameters", "trained parameters", logarithmic=True)
+        figures["parameters"] = _against(lines, trained, panels, "parameters", "trained parameters")
     for what, label in (("length", "virtual tokens"), ("examples", "training examples")):
         if own := _varied(trained, what):
-            figures[what] = _against(lines, own, panels, what, label, logarithmic=True)
+            figures[what] = _against(lines, own, panels, what, label)
     curves = _by_label(runs)
     if any(r["curve"] for rs in curves.values() for r in rs):
         figures["steps"] = _steps(curves, lines)
         figures["curves"] = _curves(curves)
+    for name in NAMES.keys() - figures.keys():
+        for suffix in _FILES:
+            (out / f"{name}{suffix}").unlink(missing_ok=True)
     return {
         name: [save_figure(figure, out / f"{name}{suffix}") for suffix in _FILES] for name, figure in figures.items()
     }
@@ -67,9 +70,8 @@ def _panels(lines: Sequence[Line]) -> list[tuple[str, str]]:
 
 
 def _against(
-    lines: Sequence[Line], drawn: Sequence[Line], panels: Sequence[tuple[str, str]], what: str, label: str,
-    *, logarithmic: bool,
-) -> Any:  # fmt: skip
+    lines: Sequence[Line], drawn: Sequence[Line], panels: Sequence[tuple[str, str]], what: str, label: str
+) -> Any:
     figure = new_figure(4.6 * len(panels) + 1.4, 4)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     methods = list(dict.fromkeys(line["method"] for line in drawn))
@@ -87,8 +89,11 @@ def _against(
         axes.set_title(f"{metric}" + (f", {test}" if len({t for t, _ in panels}) > 1 else ""))
         axes.set_xlabel(label)
         axes.set_ylabel(f"{metric}{f' ({unit})' if unit else ''}, {better} is better")
-        if logarithmic:
-            axes.set_xscale("log")
+        axes.set_xscale("log")
+        if what != "parameters":  # a few round numbers: those are the ticks
+            values = sorted({line[what] for line in drawn})
+            axes.set_xticks(values, labels=map(str, values))
+            axes.minorticks_off()
         axes.grid(alpha=0.3)
     grid[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
