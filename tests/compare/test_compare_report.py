@@ -6,10 +6,11 @@ import statistics
 
 import comparing
 import pytest
+from matplotlib.figure import Figure
 
 from foreword.compare import PRESETS, Budget, Plan, make_rows, preset_rows
 from foreword.compare.literature import LITERATURE
-from foreword.compare.plots import draw
+from foreword.compare.plots import _levels, draw
 from foreword.compare.report import cost, quality, rates, write_report
 from foreword.compare.table import tabulate
 
@@ -127,6 +128,19 @@ def test_what_varies_is_drawn_against(preset, lengths, wanted, tmp_path):
     assert set(drawn) - {"parameters", "steps", "curves"} == wanted
     assert all(path.read_bytes()[:4] in (b"\x89PNG", b"<?xm") for files in drawn.values() for path in files)
     assert {path for files in drawn.values() for path in files} == set(tmp_path.iterdir())
+
+
+def test_a_level_far_away_is_told_and_flattens_nothing():
+    def line(kind, label, loss):
+        return {"kind": kind, "label": label, "tests": {"test": {"loss": {"mean": loss}}}}
+
+    axes = Figure().subplots()
+    axes.plot([1, 2], [3.0, 3.2])
+    lines = [line("base", "base model", 6.18), line("prompted", "prompted", 3.3), line("final", "full", 2.9)]
+    assert _levels(axes, lines, 1, ("test", "loss")) == ["base model 6.18"]
+    drawn = {drawn.get_label(): drawn for drawn in axes.lines[1:]}
+    assert set(drawn) == {"prompted", "full"} and drawn["full"].get_color() == "C1"
+    assert axes.get_ylim()[1] < 3.5
 
 
 def test_the_literature_has_as_many_numbers_as_names():

@@ -72,6 +72,7 @@ def _panels(lines: Sequence[Line]) -> list[tuple[str, str]]:
 def _against(
     lines: Sequence[Line], drawn: Sequence[Line], panels: Sequence[tuple[str, str]], what: str, label: str
 ) -> Any:
+    """Methods over what they vary in; other trained lines, and those that aren't trained, as levels."""
     figure = new_figure(4.6 * len(panels) + 1.4, 4)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     methods = list(dict.fromkeys(line["method"] for line in drawn))
@@ -84,10 +85,10 @@ def _against(
                 xs, values = [x for x, _ in known], [s["mean"] for _, s in known]
                 errors = [s["sd"] or 0.0 for _, s in known]
                 axes.errorbar(xs, values, yerr=errors, marker="o", capsize=3, color=f"C{number % 10}", label=method)
-        _reference_lines(axes, lines, test, metric)
+        beyond = _levels(axes, [line for line in lines if line not in drawn], len(methods), (test, metric))
         unit, better = _unit(lines, test, metric)
         axes.set_title(f"{metric}" + (f", {test}" if len({t for t, _ in panels}) > 1 else ""))
-        axes.set_xlabel(label)
+        axes.set_xlabel(label + (f"\nbeyond this picture: {', '.join(beyond)}" if beyond else ""))
         axes.set_ylabel(f"{metric}{f' ({unit})' if unit else ''}, {better} is better")
         axes.set_xscale("log")
         if what != "parameters":  # a few round numbers: those are the ticks
@@ -99,11 +100,24 @@ def _against(
     return figure
 
 
-def _reference_lines(axes: Any, lines: Sequence[Line], test: str, metric: str) -> None:
-    for line, style in zip((x for x in lines if x["kind"] != "final"), (":", "--"), strict=False):
-        score = line["tests"].get(test, {}).get(metric)
-        if score and score["mean"] is not None:
-            axes.axhline(score["mean"], color="grey", linestyle=style, linewidth=1, label=line["label"])
+def _levels(axes: Any, lines: Sequence[Line], colour: int, metric: tuple[str, str]) -> list[str]:
+    """Draw horizontal lines. Returns, as text, those that would flatten all that is drawn already."""
+    low, high = axes.get_ylim()
+    beyond, untrained = [], iter((":", "--"))
+    for line in lines:
+        score = line["tests"].get(metric[0], {}).get(metric[1])
+        if line["kind"] == "final":
+            style, own = "-.", f"C{colour % 10}"
+            colour += 1
+        else:
+            style, own = next(untrained), "grey"
+        if not score or score["mean"] is None:
+            continue
+        if 2 * low - high <= score["mean"] <= 2 * high - low:
+            axes.axhline(score["mean"], color=own, linestyle=style, linewidth=1, label=line["label"])
+        else:
+            beyond.append(f"{line['label']} {score['mean']:.2f}")
+    return beyond
 
 
 def _unit(lines: Sequence[Line], test: str, metric: str) -> tuple[str, str]:
