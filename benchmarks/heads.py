@@ -4,10 +4,11 @@ Three tasks that read an encoder differently: whether a film review is favourabl
 another (RTE; accuracy), are read off the first token, through the pooler; which words name a person, a place, a product
 (entity F1 over exact spans, WNUT17) off every word.
 Every method of a seed sees the same batches in the same order and starts from the same new head, which is trained in
-all of them. Learning rates were chosen with `--search`: three a method, one seed, on 800 rows (RTE: 400) held out of
-the training part; the validation part was only looked at afterwards. Nothing else was searched, and the steps are few.
+all of them. Learning rates were chosen with `--search`: three a method, one seed, on 800 rows held out of the training
+part; the validation part was only looked at afterwards. Pairs have the rates of the reviews. Nothing else was searched,
+and the steps are few: 200, and 400 for pairs.
 
-    python benchmarks/heads.py --reviews DIR --nlu DIR [--search] [--seeds 3] [--steps 200]
+    python benchmarks/heads.py --reviews DIR --nlu DIR [--search] [--seeds 3] [--steps N]
 
 `--reviews` holds train.jsonl and valid.jsonl with `text` and `label` (without it: the packaged Rotten Tomatoes
 reviews, the last 800 held out); `--nlu` holds wnut17_ner_train.jsonl and wnut17_ner_valid.jsonl with `tokens` and BIO
@@ -35,6 +36,7 @@ MAX_TOKENS = {"reviews": 64, "entities": 64, "pairs": 128}
 METHODS = ["head only", "prefix and head", "full fine-tuning"]
 LENGTH = 20
 HELD_OUT = {"reviews": 800, "entities": 800, "pairs": 400}
+STEPS = {"reviews": 200, "entities": 200, "pairs": 400}
 TASKS = {"reviews": "sequence", "entities": "token", "pairs": "sequence"}
 # What is trained in every method: all that stands after the encoder's last layer.
 HEAD = {"sequence": r"classifier\..*|bert\.pooler\..*", "token": r"classifier\..*"}
@@ -50,7 +52,7 @@ RATES = {
         "full fine-tuning": (1e-4, 2e-4, 5e-4),
     },
 }
-# The best score in the search.
+# The best score in the search; of pairs, where nothing was searched, those of the reviews.
 CHOSEN = {
     "reviews": {"head only": 3e-3, "prefix and head": 2e-2, "full fine-tuning": 1e-4},
     "entities": {"head only": 3e-2, "prefix and head": 5e-2, "full fine-tuning": 2e-4},
@@ -117,10 +119,8 @@ def encoded(rows: list[dict], tokenizer, names: list[str], task: str) -> list[di
     else:
         texts = [(r["premise"], r["hypothesis"]) if task == "pairs" else r["text"] for r in rows]
         batch, labels = tokenizer(texts, **cut), [names.index(r["label"]) for r in rows]
-    return [
-        {"input_ids": i, "attention_mask": [1] * len(i), "labels": y}
-        for i, y in zip(batch["input_ids"], labels, strict=True)
-    ]
+    columns = {**{k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")}, "labels": labels}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def in_order(rows: list[dict], batch: int, steps: int, seed: int) -> list[dict]:
@@ -157,7 +157,9 @@ def metric(kind: str, names: list[str], rows: list[dict]):
     return accuracy if kind == "sequence" else f1
 
 
-def run(model, tokenizer, what, train: list[dict], valid: list[dict], compute, options, seed: int) -> dict:
+def run(
+    model, tokenizer, what, train: list[dict], valid: list[dict], compute, batch: int, steps: int, seed: int
+) -> dict:
     from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PrinterCallback
 
     import foreword as fw
@@ -167,14 +169,14 @@ def run(model, tokenizer, what, train: list[dict], valid: list[dict], compute, o
     try:
         with tempfile.TemporaryDirectory() as folder:
             arguments = fw.PrefixTrainingArguments(
-                output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.batch,
+                output_dir=folder, max_steps=steps, per_device_train_batch_size=batch,
                 per_device_eval_batch_size=64, seed=seed, train_sampling_strategy="sequential", use_cpu=True,
                 save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
             )  # fmt: skip
             trainer = fw.PrefixTrainer(
                 model,
                 arguments,
-                train_dataset=in_order(train, options.batch, options.steps, seed),
+                train_dataset=in_order(train, batch, steps, seed),
                 eval_dataset=valid,
                 data_collator=pad(tokenizer),
                 compute_metrics=compute,
@@ -206,7 +208,7 @@ def main() -> None:
     parser.add_argument("--nlu", type=Path, help="folder of wnut17_ner_train.jsonl, rte_train.jsonl and their _valid")
     parser.add_argument("--search", action="store_true", help="look for learning rates, without the validation part")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, help=f"for all tasks (default: {STEPS})")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
@@ -245,31 +247,34 @@ def merged(part: str, task: str, found: dict, options) -> dict:
     rows = record.setdefault(part, {}).setdefault(task, {})
     for method, row in found.items():
         rows.setdefault(method, {}).update(row)
-    record["options"] = {"steps": options.steps, "batch": options.batch, "length": LENGTH, "held_out": HELD_OUT}
+    steps = {t: options.steps or STEPS[t] for t in record["rows"]}
+    record["options"] = {"steps": steps, "batch": options.batch, "length": LENGTH, "held_out": HELD_OUT}
     return record
 
 
 def search(tokenizer, task: str, names: list[str], data: list, options) -> Iterator[dict]:
     """The score of each learning rate on the held-out part, seed 0; after each method."""
-    kind = TASKS[task]
+    kind, steps = TASKS[task], options.steps or STEPS[task]
     model = new_model(kind, names, 0)
     for method in options.methods:
         found = {}
         for rate in options.rates or RATES[kind][method]:
-            result = found[f"{rate:g}"] = run(model, tokenizer, config(method, kind, rate), *data, options, 0)
+            result = found[f"{rate:g}"] = run(
+                model, tokenizer, config(method, kind, rate), *data, options.batch, steps, 0
+            )
             print(f"{task:9} {method:18} {rate:<8g} {result['score']:6.2f} loss {result['loss']:.3f}", flush=True)
         yield {method: found}
 
 
 def compare(tokenizer, task: str, names: list[str], data: list, options) -> Iterator[dict]:
     """Each method on the validation part: the mean over seeds, and the standard deviation; after each seed."""
-    kind = TASKS[task]
+    kind, steps = TASKS[task], options.steps or STEPS[task]
     runs: dict[str, list[dict]] = {m: [] for m in options.methods}
     for seed in range(1, options.seeds + 1):
         model = new_model(kind, names, seed)
         for method in options.methods:
             what = config(method, kind, CHOSEN[task][method])
-            runs[method].append(run(model, tokenizer, what, *data, options, seed))
+            runs[method].append(run(model, tokenizer, what, *data, options.batch, steps, seed))
             print(f"{task:9} {method:18} seed {seed} {runs[method][-1]['score']:6.2f}", flush=True)
         found = {m: summary(own, CHOSEN[task][m]) for m, own in runs.items()}
         yield found
