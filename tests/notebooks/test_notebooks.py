@@ -163,6 +163,14 @@ def test_the_tables_are_of_the_results_that_are_stored(preset):
             assert line["label"] in shown and f"{line['tests']['test']['loss']['mean']:.3f}" in shown, "run 04 again"
 
 
+def test_without_times_a_table_is_the_same_otherwise():
+    record = json.loads((LAB / "results" / "length.json").read_text(encoding="utf-8"))
+    bare = keep.untimed(record)
+    changed = {k for a, b in zip(record["rows"], bare["rows"], strict=True) for k in a if a[k] != b[k]}
+    assert changed == {"training_seconds", "training_seconds_ratio"} and bare.keys() == record.keys()
+    assert all(line[k] is None for line in bare["rows"] for k in changed)
+
+
 def test_the_tables_are_made_of_what_a_comparison_leaves(monkeypatch):
     """All of 04 but its live comparison, which is the last cell."""
     matplotlib.use("Agg")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def _against(
 def _levels(axes: Any, lines: Sequence[Line], colour: int, metric: tuple[str, str]) -> list[str]:
     """Draw horizontal lines. Returns, as text, those that would flatten all that is drawn already."""
     low, high = axes.get_ylim()
-    beyond, untrained = [], iter((":", "--"))
+    beyond, untrained = [], itertools.cycle((":", "--"))
     for line in lines:
         score = line["tests"].get(metric[0], {}).get(metric[1])
         if line["kind"] == "final":
