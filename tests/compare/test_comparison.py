@@ -232,6 +232,9 @@ def test_a_folder_takes_no_other_comparison(done, tmp_path):
     other = replace(made, plan=replace(made.plan, budget=Budget(steps=17)))
     with pytest.raises(ConfigError, match=r"budget\.steps is 16 there and 17 here"):
         other.run(out, resume=True)
+    other = replace(made, settings=replace(made.settings, keep="best"))
+    with pytest.raises(ConfigError, match='tested is not given there and "best validation" here'):
+        other.run(out, resume=True)
 
 
 def test_another_model_is_another_comparison(done, tmp_path):

@@ -142,6 +142,22 @@ def test_a_task_that_is_replaced_stays_what_it_was_for_those_who_came_before():
     assert before.tokens == want[:1] and after.tokens == want[1:]
 
 
+def test_a_crowd_of_jobs_does_not_keep_the_rows_waiting():
+    """The library's changes wait for one another, and rows go on between them."""
+    made, kept = Engine(engines.library(), zoo.tokenizer()), Kept()
+    made.submit(prompt(5), greedy(10), "long", kept)
+    made.step()
+    jobs = [made.between_steps(lambda: time.sleep(0.05)) for _ in range(3)]
+    for done in (1, 2, 3):
+        before = len(kept.told)
+        made.step()
+        assert [job.done() for job in jobs] == [n < done for n in range(3)] and len(kept.told) > before
+    many = [made.between_steps(lambda: None) for _ in range(10)]
+    while not many[-1].done():
+        made.step()
+    assert all(job.done() for job in many)
+
+
 def test_a_task_that_comes_while_the_engine_runs_may_have_a_rule_of_its_own():
     """An infix puts hooks on the model: they must not come in the middle of a pass."""
     held = engines.library()

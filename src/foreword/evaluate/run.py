@@ -212,5 +212,7 @@ def changed(there: Any, here: Any, name: str = "") -> str | None:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "not given"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

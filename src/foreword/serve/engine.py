@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _PATIENCE = 0.05  # seconds between looks for memory that nobody tells of
+_JOBS = 0.02  # seconds for jobs before a step; the others wait for the next one, so that a crowd of them stops no row
 T = TypeVar("T")
 
 
@@ -314,6 +315,7 @@ class Engine:
         self.stats.steps += 1
 
     def _do_jobs(self) -> None:
+        until = time.monotonic() + _JOBS
         while self._jobs:
             job, future = self._jobs.popleft()
             if future.set_running_or_notify_cancel():
@@ -321,6 +323,8 @@ class Engine:
                     future.set_result(job())
                 except BaseException as exc:
                     future.set_exception(exc)
+            if time.monotonic() > until:
+                break
 
     def _sweep(self) -> None:
         """Let go of what nobody waits for any more."""
