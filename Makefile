@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+# Processes that test side by side, of one thread each.
+WORKERS ?= 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -13,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/foreword demo --overwrite
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # vLLM pins other versions of much, so it has an environment of its own; some 4 GB on disk, CPU only.
 test-vllm: $(VLLM)/.ready
