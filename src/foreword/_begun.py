@@ -66,12 +66,12 @@ def require(
     return True
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file under another name, then rename it: at no moment is half of it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -13,7 +13,9 @@ from foreword.cli import (
     distill,
     doctor,
     eval,
+    export,
     generate,
+    import_,
     inspect,
     interference,
     look,
@@ -40,6 +42,8 @@ for command in (
     distill,
     compress,
     generate,
+    export,
+    import_,
     serve,
     mirror,
     eval,
@@ -50,7 +54,7 @@ for command in (
     demo,
     doctor,
 ):
-    app.command(name=command.__name__.rsplit(".", 1)[1])(command.run)
+    app.command(name=command.__name__.rsplit(".", 1)[1].rstrip("_"))(command.run)
 
 
 def main() -> None:

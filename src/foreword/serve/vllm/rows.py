@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foreword.cacheable import check_cacheable, layer_number
 from foreword.errors import MismatchError
 from foreword.prefix import Prefix
 
@@ -79,52 +80,12 @@ def rows_of(prefix: Prefix) -> Rows:
 
 
 def check_servable(prefix: Prefix) -> int:
-    """The length of a prefix that keys and values in a cache can stand for.
+    """The length of a prefix that keys and values in vLLM's cache can stand for.
 
     Raises:
         MismatchError: it is another kind of prefix; the message says what it has that vLLM doesn't.
     """
-    for has, what in (
-        (prefix.parts, f"trained weights ({', '.join(str(p['method']) for p in prefix.parts)})"),
-        (prefix.memory, "a memory beside the attention"),
-        (prefix.bias or prefix.gates or prefix.readings, "gates, which weigh it against the text"),
-        (prefix.log_weights, "merged tokens, which count more than once"),
-        (prefix.visible.kind != "all", f"positions that don't see it (visible={prefix.visible.to_json()!r})"),
-    ):
-        if has:
-            raise MismatchError(f"the prefix has {what}; vLLM's cache holds keys and values only. Serve it with "
-                                "`foreword serve`")  # fmt: skip
-    lengths = {prefix.length(s.name) for s in prefix.sites}
-    if len(lengths) != 1 or 0 in lengths:
-        shown = ", ".join(map(str, sorted(lengths))) or "none"
-        raise MismatchError(f"the prefix has {shown} tokens at its sites; vLLM's cache has one length for all layers")
-    length = lengths.pop()
-    for site in prefix.sites:
-        if site.kind != "self" or site.tower:
-            raise MismatchError(f"{site.name} is {site.tower or site.kind} attention; vLLM serves decoders' own only")
-        if site.sliding_window is not None:
-            raise MismatchError(
-                f"{site.name} has a sliding window of {site.sliding_window} tokens, and vLLM would let it slide past "
-                "the prefix. Serve it with `foreword serve`"
-            )
-        if site.key_dim != site.value_dim:
-            raise MismatchError(
-                f"{site.name} has keys of {site.key_dim} and values of {site.value_dim} dimensions (latent attention), "
-                "which vLLM caches in another form"
-            )
-        if site.calls != 1:
-            raise MismatchError(
-                f"{site.name} is called {site.calls} times in a pass; vLLM's cache has one place for it"
-            )
-        if prefix.position_offset != length and site.name not in prefix.rotations:
-            raise MismatchError(
-                f"the model has learned or relative positions, so the prefix can't be moved: vLLM has its text start "
-                f"at {length}, it was trained for {prefix.position_offset}. Train it with position_offset={length}"
-            )
-    numbers = [layer_number(s.name) for s in prefix.sites]
-    if len(set(numbers)) != len(numbers):
-        raise MismatchError("two sites of the prefix are in one layer; vLLM's cache has one place for each")
-    return length
+    return check_cacheable(prefix, "vLLM", "Serve it with `foreword serve`")
 
 
 def check_fits(prefix: Prefix, shape: Shape) -> None:
@@ -145,18 +106,6 @@ def check_fits(prefix: Prefix, shape: Shape) -> None:
                 f"{site.name} has {site.kv_heads} key/value heads of {site.key_dim} dimensions, the model "
                 f"{shape.kv_heads} of {shape.key_dim}"
             )
-
-
-def layer_number(name: str) -> int:
-    """The one number in a dotted name, of a site or of vLLM's attention layer.
-
-    Raises:
-        MismatchError: there is none, or several.
-    """
-    numbers = [part for part in name.split(".") if part.isdecimal()]
-    if len(numbers) != 1:
-        raise MismatchError(f"{name!r} doesn't say which layer it is; expected one number between dots")
-    return int(numbers[0])
 
 
 def heads_of(total: int, rank: int, ranks: int) -> slice:
