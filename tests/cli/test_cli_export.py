@@ -105,7 +105,10 @@ def test_what_is_wrong_with_an_adapter_is_said(export, parts, folder, capsys, mo
     (tmp_path / "full" / "thesis.tex").write_text("x")
     for options, match in (
         (("--out", tmp_path / "full"), "give the name of a new one"),
-        (("--out", tmp_path / "a", "--gguf", parts / "base.gguf"), "--gguf is for llama.cpp"),
+        (
+            ("--out", tmp_path / "a", "--gguf", parts / "base.gguf"),
+            "--gguf is for llama.cpp; leave it out with --to peft",
+        ),
     ):
         code, _, err = export(*options, to="peft")
         assert code == 1 and match in err
@@ -120,3 +123,37 @@ def test_what_is_wrong_with_an_adapter_is_said(export, parts, folder, capsys, mo
         code, _, err = call(capsys, monkeypatch, "import", source, "--out", tmp_path / "new", *more)
         assert code == 1 and match in err
     assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------- ONNX
+
+
+@pytest.mark.slow
+def test_to_onnx_the_model_once_and_each_prefix(export, parts, tmp_path):
+    onnx = pytest.importorskip("foreword.exchange.onnx")
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "onnx"
+    code, said, err = export("--out", out, to="onnx")
+    assert code == 0 and "6 virtual tokens, its past_key_values" in said and "once" in err, err
+    before = (out / "model.onnx").stat().st_mtime_ns
+    fw.Prefix.load(parts / "task").slice(0, 4).save(parts / "short")
+    code, said, err = export("--out", out, "--json", to="onnx", prefix="short")
+    assert code == 0 and json.loads(said)["length"] == 4 and (out / "model.onnx").stat().st_mtime_ns == before
+    ids, runs = zoo.ids(1, 5), onnx.OnnxModel.load(out)
+    for name in ("task", "short"):
+        model = zoo.build("llama")
+        fw.attach(model, fw.Prefix.load(parts / name))
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[:, 5:]
+        assert runs.generate(ids.numpy(), 8, out / f"{name}.safetensors").tolist() == want.tolist()
+
+
+def test_what_is_wrong_for_onnx_is_said(export, parts, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for options, more, match in (
+        (("--out", tmp_path / "file"), {}, "is a file; give a folder"),
+        (("--out", tmp_path / "a"), {"prefix": "gated", "model": "nobody"}, "gates, which weigh it against the text"),
+        (("--out", tmp_path / "a", "--gguf", parts / "base.gguf"), {}, "leave it out with --to onnx"),
+    ):
+        code, _, err = export(*options, to="onnx", **more)
+        assert code == 1 and match in err
+    assert not (tmp_path / "a").exists()

