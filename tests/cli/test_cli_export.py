@@ -64,6 +64,8 @@ def test_other_forms(export, parts, tmp_path):
         (("--gguf", "{parts}/none.gguf"), {"model": "nobody"}, "there is no file"),
         (("--gguf", "{parts}/base.gguf", "--out", "{parts}"), {}, "is a folder; give the name of a file in it"),
         (("--gguf", "{parts}/base.gguf"), {"prefix": "gated", "model": "nobody"}, "gates, which weigh it against"),
+        (("--gguf", "{parts}/base.gguf", "--out", "{parts}/base.gguf", "--overwrite"), {}, "is the base model itself"),
+        (("--gguf", "{parts}/base.gguf", "--out", "{parts}/task/README.md"), {}, "exists; give another --out"),
         (("--gguf", "{parts}/base.gguf"), {"prefix": "nothing"}, "nothing"),
         (("--gguf", "{parts}/base.gguf"), {"model": "nobody"}, "nobody"),
     ],
@@ -113,6 +115,9 @@ def test_what_is_wrong_with_an_adapter_is_said(export, parts, folder, capsys, mo
         code, _, err = export(*options, to="peft")
         assert code == 1 and match in err
     export("--out", tmp_path / "adapter", to="peft")
+    code, _, err = export("--out", tmp_path / "adapter", to="peft")
+    assert code == 1 and "exists; give another --out, or --overwrite" in err
+    assert export("--out", tmp_path / "adapter", "--overwrite", to="peft")[0] == 0
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     for source, more, match in (
@@ -149,8 +154,11 @@ def test_to_onnx_the_model_once_and_each_prefix(export, parts, tmp_path):
 
 def test_what_is_wrong_for_onnx_is_said(export, parts, tmp_path):
     (tmp_path / "file").write_text("x")
+    (tmp_path / "task.safetensors").write_text("x")
     for options, more, match in (
         (("--out", tmp_path / "file"), {}, "is a file; give a folder"),
+        (("--out", parts / "task"), {}, "is the folder of a saved prefix"),
+        (("--out", tmp_path), {}, "task.safetensors exists; give another --out, or --overwrite"),
         (("--out", tmp_path / "a"), {"prefix": "gated", "model": "nobody"}, "gates, which weigh it against the text"),
         (("--out", tmp_path / "a", "--gguf", parts / "base.gguf"), {}, "leave it out with --to onnx"),
     ):

@@ -51,6 +51,7 @@ def run(
     kind: Annotated[Kind, Option(help="slot: for llama-server; session: for llama_state_load_file.", rich_help_panel=_LLAMA)] = Kind.slot,
     old_format: Annotated[bool, Option("--old-format", help="For builds before the states' formats 4 and 11.", rich_help_panel=_LLAMA)] = False,
     model: Annotated[str | None, Option(help="Base model in transformers, as for train.", show_default="the one that the prefix names")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace what was exported to --out before.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Write a prefix as others read it: a state that an unmodified llama-server restores, an adapter of PEFT, or ONNX's cache."""
@@ -61,18 +62,25 @@ def run(
     if gguf is not None and to is not Target.llama_cpp:
         raise ConfigError(f"--gguf is for llama.cpp; leave it out with --to {to.value}")
     if to is Target.peft:
-        _to_peft(prefix, out, as_json)
+        _to_peft(prefix, out, overwrite, as_json)
     elif to is Target.onnx:
-        _to_onnx(prefix, folder.resolve().name, out, model, as_json)
+        _to_onnx(prefix, folder.resolve().name, out, model, overwrite, as_json)
     else:
-        _to_llama_cpp(prefix, out, gguf, model, (kind.value, cache.value, flash_attention, old_format), as_json)
+        form = (kind.value, cache.value, flash_attention, old_format)
+        _to_llama_cpp(prefix, out, gguf, model, form, overwrite, as_json)
 
 
-def _to_peft(prefix: Prefix, out: Path, as_json: bool) -> None:
-    from foreword.exchange.peft import write_peft
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists; give another --out, or --overwrite")
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} exists; PEFT's adapter is a folder, give the name of a new one")
+
+def _to_peft(prefix: Prefix, out: Path, overwrite: bool, as_json: bool) -> None:
+    from foreword.exchange.peft import CONFIG, write_peft
+
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CONFIG).exists())):
+        raise ConfigError(f"--out {out} is something else; PEFT's adapter is a folder, give the name of a new one")
+    _check_free(out / CONFIG, overwrite)
     write_peft(prefix, out)
     if as_json:
         print_json({"path": str(out), "length": prefix.longest})
@@ -83,12 +91,17 @@ def _to_peft(prefix: Prefix, out: Path, as_json: bool) -> None:
         )
 
 
-def _to_onnx(prefix: Prefix, name: str, out: Path, model: str | None, as_json: bool) -> None:
+def _to_onnx(prefix: Prefix, name: str, out: Path, model: str | None, overwrite: bool, as_json: bool) -> None:
+    from foreword._prefix_file import DESCRIPTION
     from foreword.exchange.onnx import MODEL, check_exportable, export_base, write_past
     from foreword.sites import sites
 
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give a folder, which holds the model once and each prefix beside it")
+    if (out / DESCRIPTION).exists():
+        raise ConfigError(f"--out {out} is the folder of a saved prefix; give one for the exported model")
+    target = out / f"{name}.safetensors"
+    _check_free(target, overwrite)
     check_exportable(prefix)  # before a large model is loaded
     network, _ = load_base(prefix, model, dtype="float32")
     prefix.check_fits(network, sites(network))
@@ -97,7 +110,7 @@ def _to_onnx(prefix: Prefix, name: str, out: Path, model: str | None, as_json: b
             f"exporting {prefix.fingerprint.base_model or 'the model'}, once; by its number of layers this takes minutes",
             err=True,
         )
-    base, past = export_base(network, out), write_past(prefix, out / f"{name}.safetensors")
+    base, past = export_base(network, out), write_past(prefix, target)
     if as_json:
         print_json({"model": str(base), "past": str(past), "length": prefix.longest})
     else:
@@ -105,13 +118,17 @@ def _to_onnx(prefix: Prefix, name: str, out: Path, model: str | None, as_json: b
 
 
 def _to_llama_cpp(
-    prefix: Prefix, out: Path, gguf: Path | None, model: str | None, form: tuple[Any, Any, bool, bool], as_json: bool
-) -> None:
+    prefix: Prefix, out: Path, gguf: Path | None, model: str | None, form: tuple[Any, Any, bool, bool],
+    overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
     from foreword.exchange.llama_cpp import Form, check_exportable, export_llama_cpp
 
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; give the name of a file in it, like {out / 'prefix.bin'}")
     base = gguf or _own_gguf(prefix, model)
+    if out.exists() and base.exists() and out.samefile(base):
+        raise ConfigError(f"--out {out} is the base model itself; give another name")
+    _check_free(out, overwrite)
     check_exportable(prefix, base)  # before a large model is loaded
     network, _ = load_base(prefix, model, dtype=None)
     done = export_llama_cpp(prefix, network, base, out, Form(*form))
