@@ -6,6 +6,8 @@ and text starts after them. What needs more than that is refused with its reason
 
 from __future__ import annotations
 
+import torch
+
 from foreword.errors import MismatchError
 from foreword.prefix import Prefix
 
@@ -65,6 +67,11 @@ def check_cacheable(prefix: Prefix, program: str, instead: str) -> int:
     if len(set(numbers)) != len(numbers):
         raise MismatchError(f"two sites of the prefix are in one layer; {program}'s cache has one place for each")
     return length
+
+
+def for_cache(prefix: Prefix, length: int) -> Prefix:
+    """A prefix in 32 bits whose keys stand at the positions 0 … length-1, so that its text starts after them."""
+    return prefix.to(torch.float32).shift(length - prefix.position_offset)
 
 
 def layer_number(name: str) -> int:

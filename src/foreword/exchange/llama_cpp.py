@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foreword._begun import write_whole
-from foreword.cacheable import check_cacheable, layer_number
+from foreword.cacheable import check_cacheable, for_cache, layer_number
 from foreword.errors import ConfigError, MismatchError
 from foreword.exchange.gguf_base import GgufBase, open_gguf, read_gguf
 from foreword.prefix import Prefix
@@ -150,7 +150,7 @@ def state_of(prefix: Prefix, base: GgufBase, tokens: tuple[int, ...], form: Form
         MismatchError: a number is too large for the cache's 16 bits.
     """
     length = len(tokens)
-    moved = prefix.to(torch.float32).shift(length - prefix.position_offset)
+    moved = for_cache(prefix, length)
     names = sorted(moved.keys, key=layer_number)
     head = struct.pack("<III", _MAGIC[form.kind], form.version, length) + struct.pack(f"<{length}i", *tokens)
     if form.kind == "session":

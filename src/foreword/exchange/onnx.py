@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from foreword._begun import write_whole
-from foreword.cacheable import check_cacheable, layer_number
+from foreword.cacheable import check_cacheable, for_cache, layer_number
 from foreword.errors import AttachError, ConfigError, MismatchError, MissingPartError
 from foreword.fingerprint import Fingerprint
 from foreword.prefix import Prefix
@@ -96,7 +96,7 @@ def write_past(prefix: Prefix, path: str | Path) -> Path:
         MismatchError: a cache can't hold such a prefix; the message says what it has more.
     """
     length = check_exportable(prefix)
-    moved = prefix.to(torch.float32).shift(length - prefix.position_offset)
+    moved = for_cache(prefix, length)
     tensors = {}
     for i, name in enumerate(sorted(moved.keys, key=layer_number)):
         tensors[f"past_key_values.{i}.key"] = moved.keys[name][None].contiguous()

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foreword._begun import write_whole
-from foreword.cacheable import check_cacheable, layer_number
+from foreword.cacheable import check_cacheable, for_cache, layer_number
 from foreword.errors import MismatchError, PrefixFileError
 from foreword.prefix import Prefix
 from foreword.sites import Site, sites
@@ -87,7 +87,7 @@ def write_peft(prefix: Prefix, folder: str | Path) -> Path:
         MismatchError: PEFT has no such prefixes; the message says what it has that PEFT's haven't.
     """
     length = check_cacheable(prefix, "PEFT", _INSTEAD)
-    moved = prefix.to(torch.float32).shift(length - prefix.position_offset)
+    moved = for_cache(prefix, length)
     ordered = sorted(moved.sites, key=lambda s: layer_number(s.name))
     first = _uniform(ordered, None)
     # (layer, key or value, head, token, dim) -> (token, layer, key or value, head, dim)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foreword.cacheable import check_cacheable, layer_number
+from foreword.cacheable import check_cacheable, for_cache, layer_number
 from foreword.errors import MismatchError
 from foreword.prefix import Prefix
 
@@ -71,7 +71,7 @@ def rows_of(prefix: Prefix) -> Rows:
         MismatchError: see :func:`check_servable`.
     """
     length = check_servable(prefix)
-    moved = prefix.to(torch.float32).shift(length - prefix.position_offset)
+    moved = for_cache(prefix, length)
     keys, values = (
         {layer_number(n): t.transpose(0, 1).contiguous() for n, t in group.items()}
         for group in (moved.keys, moved.values)
