@@ -7,9 +7,11 @@ and text starts after them. What needs more than that is refused with its reason
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from foreword.errors import MismatchError
 from foreword.prefix import Prefix
+from foreword.sites import sites
 
 
 def check_cacheable(prefix: Prefix, program: str, instead: str) -> int:
@@ -67,6 +69,22 @@ def check_cacheable(prefix: Prefix, program: str, instead: str) -> int:
     if len(set(numbers)) != len(numbers):
         raise MismatchError(f"two sites of the prefix are in one layer; {program}'s cache has one place for each")
     return length
+
+
+def check_all_layers(prefix: Prefix, model: PreTrainedModel, program: str) -> None:
+    """Make sure that a prefix is this model's, and has keys for each of its layers.
+
+    Raises:
+        MismatchError: says what differs.
+    """
+    found = sites(model)
+    prefix.check_fits(model, found)
+    own = [s for s in found if s.kind == "self" and not s.tower]
+    if len(prefix.sites) != len(own):
+        raise MismatchError(
+            f"the prefix has keys for {len(prefix.sites)} of {len(own)} layers, and {program} has one length for all "
+            "of them. Train a prefix for all layers (sites=None)"
+        )
 
 
 def for_cache(prefix: Prefix, length: int) -> Prefix:

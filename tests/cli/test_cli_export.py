@@ -155,7 +155,12 @@ def test_to_onnx_the_model_once_and_each_prefix(export, parts, tmp_path):
 def test_what_is_wrong_for_onnx_is_said(export, parts, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "task.safetensors").write_text("x")
+    short = fw.Prefix.load(parts / "task")
+    first = short.sites[0]
+    kept = {first.name: (short.keys[first.name], short.values[first.name])}
+    fw.Prefix.from_tensors(zoo.build("llama"), kept).save(parts / "some")
     for options, more, match in (
+        (("--out", tmp_path / "a"), {"prefix": "some"}, "keys for 1 of 2 layers, and ONNX Runtime has one length"),
         (("--out", tmp_path / "file"), {}, "is a file; give a folder"),
         (("--out", parts / "task"), {}, "is the folder of a saved prefix"),
         (("--out", tmp_path), {}, "task.safetensors exists; give another --out, or --overwrite"),

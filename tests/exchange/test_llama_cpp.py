@@ -232,7 +232,7 @@ def test_what_a_cache_cannot_hold_is_refused(files, tmp_path):
     some = fw.Prefix.from_tensors(model, {s.name: zoo.random_prefix(model, sites)[s.name] for s in sites[:1]})
     large = replace(prefix, values={n: v * 1e6 for n, v in prefix.values.items()})
     for bad, match in (
-        (some, "keys for 1 layers"),
+        (some, "keys for 1 of 2 layers, and llama.cpp"),
         (replace(prefix, bias={sites[0].name: torch.zeros(4)}), "gates, which weigh it against the text"),
         (large, "beyond 16 bits; export with cache f32"),
     ):

@@ -55,7 +55,7 @@ def test_peft_loads_what_we_write(name, tmp_path):
     tuning = fw.attach(model, prefix)
     want = zoo.logits(model, input_ids=ids)
     tuning.detach()
-    write_peft(prefix, tmp_path / "adapter")
+    write_peft(prefix, model, tmp_path / "adapter")
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [CONFIG, WEIGHTS]
     peer = peft.PeftModel.from_pretrained(wide(name), tmp_path / "adapter").eval()
     torch.testing.assert_close(zoo.logits(peer, input_ids=ids), want, atol=1e-4, rtol=1e-4)
@@ -71,10 +71,14 @@ def test_a_prefix_that_peft_has_not_is_refused(tmp_path):
     gated = tuning.bake()
     tuning.detach()
     with pytest.raises(MismatchError, match="gates, which weigh it against the text; PEFT's cache holds"):
-        write_peft(gated, tmp_path / "a")
+        write_peft(gated, model, tmp_path / "a")
     gpt = zoo.build("gpt2")
     with pytest.raises(MismatchError, match="learned or relative positions"):
-        write_peft(fw.Prefix.from_tensors(gpt, zoo.random_prefix(gpt, fw.sites(gpt), 3)), tmp_path / "a")
+        write_peft(fw.Prefix.from_tensors(gpt, zoo.random_prefix(gpt, fw.sites(gpt), 3)), gpt, tmp_path / "a")
+    found = fw.sites(model)
+    some = fw.Prefix.from_tensors(model, {found[0].name: zoo.random_prefix(model, found)[found[0].name]})
+    with pytest.raises(MismatchError, match="keys for 1 of 2 layers, and PEFT has one length"):
+        write_peft(some, model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
@@ -83,7 +87,7 @@ def test_damaged_and_strange_folders(tmp_path):
     with pytest.raises(PrefixFileError, match=f"holds no {CONFIG}"):
         read_peft(tmp_path, model)
     prefix = fw.Prefix.from_tensors(model, zoo.random_prefix(model, fw.sites(model), 3))
-    good = write_peft(prefix, tmp_path / "good")
+    good = write_peft(prefix, model, tmp_path / "good")
     config = json.loads((good / CONFIG).read_text())
 
     def folder(name, changes=None, rows=None, text=None):

@@ -62,7 +62,7 @@ def run(
     if gguf is not None and to is not Target.llama_cpp:
         raise ConfigError(f"--gguf is for llama.cpp; leave it out with --to {to.value}")
     if to is Target.peft:
-        _to_peft(prefix, out, overwrite, as_json)
+        _to_peft(prefix, out, model, overwrite, as_json)
     elif to is Target.onnx:
         _to_onnx(prefix, folder.resolve().name, out, model, overwrite, as_json)
     else:
@@ -75,13 +75,13 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise ConfigError(f"{path} exists; give another --out, or --overwrite")
 
 
-def _to_peft(prefix: Prefix, out: Path, overwrite: bool, as_json: bool) -> None:
+def _to_peft(prefix: Prefix, out: Path, model: str | None, overwrite: bool, as_json: bool) -> None:
     from foreword.exchange.peft import CONFIG, write_peft
 
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CONFIG).exists())):
         raise ConfigError(f"--out {out} is something else; PEFT's adapter is a folder, give the name of a new one")
     _check_free(out / CONFIG, overwrite)
-    write_peft(prefix, out)
+    write_peft(prefix, load_base(prefix, model, dtype=None)[0], out)
     if as_json:
         print_json({"path": str(out), "length": prefix.longest})
     else:
@@ -93,8 +93,8 @@ def _to_peft(prefix: Prefix, out: Path, overwrite: bool, as_json: bool) -> None:
 
 def _to_onnx(prefix: Prefix, name: str, out: Path, model: str | None, overwrite: bool, as_json: bool) -> None:
     from foreword._prefix_file import DESCRIPTION
+    from foreword.cacheable import check_all_layers
     from foreword.exchange.onnx import MODEL, check_exportable, export_base, write_past
-    from foreword.sites import sites
 
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give a folder, which holds the model once and each prefix beside it")
@@ -104,7 +104,7 @@ def _to_onnx(prefix: Prefix, name: str, out: Path, model: str | None, overwrite:
     _check_free(target, overwrite)
     check_exportable(prefix)  # before a large model is loaded
     network, _ = load_base(prefix, model, dtype="float32")
-    prefix.check_fits(network, sites(network))
+    check_all_layers(prefix, network, "ONNX Runtime")
     if not as_json and not (out / MODEL).exists():
         typer.echo(
             f"exporting {prefix.fingerprint.base_model or 'the model'}, once; by its number of layers this takes minutes",

@@ -32,11 +32,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foreword._begun import write_whole
-from foreword.cacheable import check_cacheable, for_cache, layer_number
+from foreword.cacheable import check_all_layers, check_cacheable, for_cache, layer_number
 from foreword.errors import ConfigError, MismatchError
 from foreword.exchange.gguf_base import GgufBase, open_gguf, read_gguf
 from foreword.prefix import Prefix
-from foreword.sites import sites
 
 Kind = Literal["slot", "session"]
 Numbers = Literal["f16", "f32"]
@@ -112,7 +111,7 @@ def export_llama_cpp(
     """
     form, out = form or Form(), Path(out)
     check_exportable(prefix, Path(gguf))
-    prefix.check_fits(model, sites(model))
+    check_all_layers(prefix, model, "llama.cpp")
     base = read_gguf(Path(gguf), model, prefix)
     tokens = placeholders(prefix, base.vocabulary)
     state = state_of(prefix, base, tokens, form)

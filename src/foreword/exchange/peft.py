@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foreword._begun import write_whole
-from foreword.cacheable import check_cacheable, for_cache, layer_number
+from foreword.cacheable import check_all_layers, check_cacheable, for_cache, layer_number
 from foreword.errors import MismatchError, PrefixFileError
 from foreword.prefix import Prefix
 from foreword.sites import Site, sites
@@ -80,13 +80,17 @@ def base_of(folder: str | Path) -> str | None:
     return _config(Path(folder)).get("base_model_name_or_path") or None
 
 
-def write_peft(prefix: Prefix, folder: str | Path) -> Path:
+def write_peft(prefix: Prefix, model: PreTrainedModel, folder: str | Path) -> Path:
     """Write a prefix as an adapter that ``peft.PeftModel.from_pretrained`` loads.
 
+    Args:
+        model: its base model: PEFT wants a row for each of its layers.
+
     Raises:
-        MismatchError: PEFT has no such prefixes; the message says what it has that PEFT's haven't.
+        MismatchError: PEFT has no such prefixes, or it is another model's; the message says what differs.
     """
     length = check_cacheable(prefix, "PEFT", _INSTEAD)
+    check_all_layers(prefix, model, "PEFT")
     moved = for_cache(prefix, length)
     ordered = sorted(moved.sites, key=lambda s: layer_number(s.name))
     first = _uniform(ordered, None)
