@@ -1,4 +1,4 @@
-"""The commands, run in process and as processes: what they print, what they leave, how they refuse."""
+"""The commands, run in process and as processes: what they print, what they leave."""
 
 from __future__ import annotations
 
@@ -17,41 +17,12 @@ from foreword import cli
 PROMPTS = ("The film is", "There is a place")
 
 
-def call(capsys, monkeypatch, *arguments):
-    """Run the command as `main` does; returns its exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as exc:
-        code = exc.code or 0
-    done = capsys.readouterr()
-    return code, done.out, done.err
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
-
-
-@pytest.fixture(scope="session")
-def trained(folder, data, tmp_path_factory):
-    """A prefix that `foreword train` made, and what it printed."""
-    out = tmp_path_factory.mktemp("trained") / "film"
-    result = CliRunner().invoke(cli.app, [
-        "train", "--model", str(folder), "--data", str(data), "--valid", str(data), "--out", str(out), "--length", "4",
-        "--init", "random", "--steps", "6", "--batch-size", "4", "--eval-every", "3", "--json",
-    ])  # fmt: skip
-    assert result.exit_code == 0, result.output
-    return out, json.loads(result.stdout)
-
-
 # ---------------------------------------------------------------- help
 
 
 COMMANDS = (
-    "train", "tune", "meta", "distill", "compress", "generate", "serve", "mirror", "eval", "compare", "inspect", "look",
-    "interference", "demo", "doctor",
+    "train", "tune", "meta", "distill", "compress", "generate", "serve", "mirror", "export", "import", "eval",
+    "compare", "inspect", "look", "interference", "demo", "doctor",
 )  # fmt: skip
 
 
@@ -242,117 +213,6 @@ def test_train_takes_other_methods(run, folder, data, tmp_path, how, methods):
     assert ranks <= {None} if "memory" not in how else ranks == {2} and "rank 2" in out
     code, out, err = run("generate", "--model", folder, "--prefix", tmp_path / "p", "--prompt", "The film", "--json")
     assert code == 0, err
-
-
-# ---------------------------------------------------------------- refusals
-
-
-def refusals(folder, data, tmp, trained):
-    train = ("train", "--model", folder, "--data", data, "--out", tmp / "o", "--steps", 2, "--length", 4)
-    write = ("generate", "--model", folder, "--prompt", "The film")
-    other = tmp / "other"
-    zoo.build("gpt2").save_pretrained(other)
-    zoo.tokenizer().save_pretrained(other)
-    corrupt = tmp / "corrupt"
-    fw.Prefix.load(trained).save(corrupt)
-    (corrupt / "prefix.safetensors").write_bytes(b"nonsense")
-    bad_json = tmp / "bad.jsonl"
-    bad_json.write_text('{"text": "fine"}\n{"text": \n')
-    latin = tmp / "latin.txt"
-    latin.write_bytes("Café".encode("latin-1"))
-    return {
-        "no model": (("generate", "--model", tmp / "none", "--prompt", "a"), "There is no file or folder"),
-        "not a model": (("generate", "--model", tmp, "--prompt", "a"), "has no config.json"),
-        "no data": (("train", "--model", folder, "--data", tmp / "none.jsonl", "--out", tmp / "o"), "none.jsonl"),
-        "bad json": ((*train[:4], bad_json, *train[5:]), "bad.jsonl:2: malformed JSON"),
-        "map twice": ((*train, "--column", "input=a", "--column", "input=b"), "--column names 'input' twice"),
-        "bad map": ((*train, "--column", "input"), "--column 'input' is not of the form KEY=VALUE"),
-        "no such column": ((*train, "--column", "input=nothing"), "nothing"),
-        "nothing left": ((*train, "--where", "label=7"), "label"),
-        "bad init": ((*train, "--init", "words:"), "names no word"),
-        "empty init": ((*train, "--init", " "), "empty text"),
-        "short init": ((*train, "--init", "a"), "the init text has 1 tokens and the prefix 4"),
-        "negative length": ((*train[:-1], -4), "length=-4; expected 1 or more"),
-        "bad sites": ((*train, "--init", "random", "--sites", "nothing.*"), "nothing.*"),
-        "broken sites": ((*train, "--init", "random", "--sites", "("), "regular expression"),
-        "bad kinds": ((*train, "--init", "random", "--kinds", "selfish"), "selfish"),
-        "bad dtype": ((*train, "--dtype", "float33"), "Unknown dtype 'float33'"),
-        "bad rate": ((*train, "--init", "random", "--learning-rate", -1), "--learning-rate -1.0; expected a number"),
-        "no epochs": ((*train, "--init", "random", "--epochs", 0), "--epochs 0.0; expected a number above 0"),
-        "out is taken": (("train", *train[1:5], "--out", trained), "holds a prefix already"),
-        "out is a file": ((*train[:6], data, *train[7:], "--init", "random"), "film.jsonl is a file"),
-        "no out": (train[:5], "--out names the folder"),
-        "no resume": ((*train, "--init", "random", "--resume"), "holds no whole checkpoint"),
-        "no start": ((*train, "--start", tmp / "none"), "none"),
-        "other model": (("generate", "--model", other, "--prefix", trained, "--prompt", "a"), "layers.0.self_attn"),
-        "no prefix": ((*write, "--prefix", tmp / "none"), "none"),
-        "corrupt": ((*write, "--prefix", corrupt), "prefix.safetensors"),
-        "corrupt, inspected": (("inspect", corrupt), "prefix.safetensors"),
-        "no folder": (("inspect", tmp / "none"), "none"),
-        "no prompt": (write[:3], "there is no prompt"),
-        "empty prompt": (("generate", "--model", folder, "--prompt", ""), "there is no prompt (or an empty one)"),
-        "no prompts file": ((*write, "--prompts", tmp / "none.txt"), "none.txt"),
-        "latin prompts": ((*write, "--prompts", latin), "UTF-8"),
-        "no template": ((*write, "--chat"), "no chat template"),
-        "n alone": ((*write, "--n", 2), "add --sample, or --beams 2"),
-        "n and beams": ((*write, "--n", 3, "--beams", 2), "add --sample, or --beams 3"),
-        "taken by others": (("demo", "--out", tmp), "is not empty"),
-        "not a demo": (("demo", "--out", tmp, "--overwrite"), "which is not of a demo"),
-    }
-
-
-@pytest.fixture(scope="module")
-def refused(folder, data, trained, tmp_path_factory):
-    return refusals(folder, data, tmp_path_factory.mktemp("refused"), trained[0])
-
-
-NAMES = (
-    "no model", "not a model", "no data", "bad json", "map twice", "bad map", "no such column", "nothing left",
-    "bad init", "empty init", "short init", "negative length", "bad sites", "broken sites", "bad kinds", "bad dtype",
-    "bad rate", "no epochs", "out is taken", "out is a file", "no out", "no resume", "no start", "other model",
-    "no prefix", "corrupt", "corrupt, inspected", "no folder", "no prompt", "empty prompt", "no prompts file",
-    "latin prompts", "no template", "n alone", "n and beams", "taken by others", "not a demo",
-)  # fmt: skip
-
-
-def test_every_refusal_is_tried(refused):
-    assert set(NAMES) == set(refused)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_errors_are_one_plain_line(name, refused, run):
-    arguments, said = refused[name]
-    code, out, err = run(*arguments)
-    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("data: ")]
-    assert code == 1, (code, err)
-    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0], err
-    assert "Traceback" not in out + err
-
-
-USAGE = (
-    ("generate", "--model", "x", "--n", 0),
-    *(("train", "--model", "x", "--data", "y", "--out", "z", f"--{name}", -1)
-      for name in ("steps", "batch-size", "accumulate", "limit", "max-length", "save-every", "eval-every", "clip")),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("wrong", [("train",), ("nothing",), ("--what",), *USAGE])
-def test_usage_errors_leave_with_2(run, wrong):
-    code, _, err = run(*wrong)
-    assert code == 2 and "Traceback" not in err and "Usage" in err
-
-
-@pytest.mark.slow
-def test_the_process_itself_exits_as_told(folder, tmp_path):
-    for arguments, code, said in (
-        (("inspect", tmp_path), 1, "error: "),
-        (("doctor", "--json"), 0, ""),
-    ):
-        command = [sys.executable, "-m", "foreword", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == code and "Traceback" not in done.stderr and done.stderr.startswith(said), done.stderr
-        if arguments[0] == "doctor":
-            assert json.loads(done.stdout)["problems"] == []
 
 
 # ---------------------------------------------------------------- doctor

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import call
+from calling import call
 
 import foreword as fw
 import zoo

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from test_cli import call
+from calling import call
 
 import foreword as fw
 import zoo

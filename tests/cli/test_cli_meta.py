@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_cli import call
+from calling import call
 from typer.testing import CliRunner
 
 import foreword as fw

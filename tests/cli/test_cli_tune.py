@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import call
+from calling import call
 from typer.testing import CliRunner
 
 import foreword as fw
