@@ -6,15 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from calling import call
 
 import foreword as fw
 import zoo
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from calling import call
 from typer.testing import CliRunner
 
 import foreword as fw
@@ -24,21 +25,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fw._
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command as `main` does; returns its exit code, stdout and stderr."""
-    from foreword import cli
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["foreword", "eval", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exc:
-            code = exc.code or 0
-        done = capsys.readouterr()
-        return code, done.out, done.err
-
-    return call
+def run(capsys, monkeypatch):
+    return lambda *arguments: call(capsys, monkeypatch, "eval", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
+from calling import call
 from looking_cli import baked_in
 
 import foreword as fw
 import zoo
-from foreword import cli
 from foreword.evaluate import inside
 
 TEXTS = ("The film is a lovely old confection and the acting is good.", "There is a place in the city centre.")
@@ -19,18 +18,8 @@ TEXTS = ("The film is a lovely old confection and the acting is good.", "There i
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["foreword", "look", *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exc:
-            code = exc.code or 0
-        done = capsys.readouterr()
-        return code, done.out, done.err
-
-    return call
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: call(capsys, monkeypatch, "look", *arguments)
 
 
 @pytest.fixture(scope="module")

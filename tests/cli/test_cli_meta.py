@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from calling import call
 from typer.testing import CliRunner
 
 import foreword as fw
@@ -13,11 +12,6 @@ import zoo
 from foreword import cli
 
 SMALL = ("--length", 4, "--init", "random", "--meta-steps", 3, "--inner-steps", 2, "--batch-size", 2)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from calling import call
 from typer.testing import CliRunner
 
 import foreword as fw
 import zoo
 from foreword import cli
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from calling import call
 from typer.testing import CliRunner
 
 import foreword as fw
@@ -20,11 +19,6 @@ from foreword import cli
 from foreword.methods import LEARNING_RATES
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fw.__file__).parents[1])}
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
 
 
 def test_a_share_of_the_data_is_held_out(run, folder, data, tmp_path):
