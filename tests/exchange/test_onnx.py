@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 import foreword as fw
 import zoo
-from foreword.errors import AttachError, ConfigError, MismatchError
+from foreword.errors import AttachError, ConfigError, MismatchError, PrefixFileError
 from foreword.exchange.onnx import ABOUT, OnnxModel, export_base, write_past
 
 pytest.importorskip("onnxruntime")
@@ -67,6 +68,29 @@ def test_a_folder_keeps_its_model(base, tmp_path):
     with pytest.raises(ConfigError, match=r"holds another model .*give another --out"):
         export_base(build(name, seed=1), folder)
     assert not list(folder.glob(".export-*"))
+
+
+def test_a_past_of_another_model_or_a_damaged_one_is_refused(tmp_path):
+    _, prefix = made("llama", 3)
+    runs = OnnxModel(None, [(s.kv_heads, s.key_dim) for s in fw.sites(build("llama"))])
+    path = write_past(prefix, tmp_path / "p.safetensors")
+    assert {t.shape[::2] for t in runs.past(path, 2).values()} == {(2, 3)}
+    for heads in (runs.heads[:-1], [(h, d + 1) for h, d in runs.heads], [(h * 2, d) for h, d in runs.heads]):
+        with pytest.raises(MismatchError, match="is no prefix for this model of"):
+            OnnxModel(None, heads).past(path, 1)
+    tensors = load_file(path)
+    for change, error in (
+        ({"past_key_values.0.key": tensors["past_key_values.0.key"][:, :, :1].contiguous()}, MismatchError),
+        ({"past_key_values.0.key": tensors["past_key_values.0.key"] * torch.nan}, PrefixFileError),
+        ({"past_key_values.0.key": tensors["past_key_values.0.key"].half()}, PrefixFileError),
+    ):
+        save_file({**tensors, **change}, tmp_path / "wrong.safetensors")
+        with pytest.raises(error):
+            runs.past(tmp_path / "wrong.safetensors", 1)
+    path.write_bytes(b"nonsense")
+    for gone in (path, tmp_path / "none.safetensors"):
+        with pytest.raises(PrefixFileError, match="can't be read"):
+            runs.past(gone, 1)
 
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from foreword._begun import write_whole
 from foreword.cacheable import check_cacheable, for_cache, layer_number
-from foreword.errors import AttachError, ConfigError, MismatchError, MissingPartError
+from foreword.errors import AttachError, ConfigError, MismatchError, MissingPartError, PrefixFileError
 from foreword.fingerprint import Fingerprint
 from foreword.prefix import Prefix
 from foreword.sites import evaluating, sites
@@ -137,13 +138,18 @@ class OnnxModel:
         return cls(onnxruntime.InferenceSession(folder / MODEL), [tuple(h) for h in about["heads"]])
 
     def past(self, prefix: str | Path | None, batch: int) -> dict[str, NDArray[Any]]:
-        """The cache before the first token, a copy of the prefix for each row; None: an empty one."""
+        """The cache before the first token, a copy of the prefix for each row; None: an empty one.
+
+        Raises:
+            PrefixFileError: the file can't be read, or holds numbers that aren't finite.
+            MismatchError: it is of another model.
+        """
         if prefix is None:
             return {
                 f"past_key_values.{i}.{part}": np.zeros((batch, heads, 0, dim), np.float32)
                 for i, (heads, dim) in enumerate(self.heads) for part in ("key", "value")
             }  # fmt: skip
-        return {n: t.numpy().repeat(batch, axis=0) for n, t in load_file(Path(prefix)).items()}
+        return {n: t.numpy().repeat(batch, axis=0) for n, t in _read_past(Path(prefix), self.heads).items()}
 
     def logits(
         self, ids: NDArray[Any], past: Mapping[str, NDArray[Any]]
@@ -215,6 +221,25 @@ def _export(model: PreTrainedModel, heads: Sequence[tuple[int, int]], path: Path
         )  # fmt: skip
     assert program is not None
     program.save(path, external_data=True)
+
+
+def _read_past(path: Path, heads: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as exc:
+        raise PrefixFileError(f"{path} can't be read: {exc}") from exc
+    length = max((t.shape[2] for t in tensors.values() if t.dim() == 4), default=0)
+    wanted = {
+        f"past_key_values.{i}.{part}": (1, h, length, d) for i, (h, d) in enumerate(heads) for part in ("key", "value")
+    }
+    if {name: tuple(t.shape) for name, t in tensors.items()} != wanted:
+        raise MismatchError(
+            f"{path} is no prefix for this model of {len(heads)} layers; write it with foreword export --to onnx into "
+            "the folder of this model"
+        )
+    if not all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in tensors.values()):
+        raise PrefixFileError(f"{path} holds numbers that aren't finite, or not in 32 bits; export the prefix again")
+    return tensors
 
 
 def _check_same(folder: Path, model: PreTrainedModel) -> None:
