@@ -38,3 +38,24 @@ def tokenizer():
     import zoo
 
     return zoo.tokenizer()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A model hub on this machine, which huggingface_hub then talks to."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    import hubs
+
+    with hubs.running() as (held, address):
+        for name, value in {
+            "ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "none"), "HF_STORED_TOKENS_PATH": str(tmp_path / "none"),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", hubs.TOKEN)
+        huggingface_hub.close_session()
+        yield held
+    huggingface_hub.close_session()

@@ -304,8 +304,8 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def model_card(prefix: Prefix, name: str) -> str:
-    """A README for the folder, in the form that model hubs read."""
+def model_card(prefix: Prefix, name: str, address: str | None = None) -> str:
+    """A README for the folder, in the form that model hubs read; ``address``: where it is loaded from."""
     base = prefix.fingerprint.base_model
     metrics = prefix.metadata.get("metrics", {})
     rows = "".join(f"| {k} | {v:.4g} |\n" for k, v in metrics.items() if isinstance(v, int | float))
@@ -316,7 +316,7 @@ def model_card(prefix: Prefix, name: str) -> str:
         f"{_what(prefix)} of "
         f"`{base or prefix.fingerprint.model_class}` ({prefix.num_parameters:,} numbers, {prefix.nbytes:,} bytes"
         f"{'' if prefix.storage.plain else f' in memory; stored: {prefix.storage}'}).\n\n"
-        f"```python\nimport foreword as fw\n\nfw.attach(model, fw.Prefix.load({name!r}))\n```\n{table}"
+        f"```python\nimport foreword as fw\n\nfw.attach(model, fw.Prefix.load({(address or name)!r}))\n```\n{table}"
     )
 
 

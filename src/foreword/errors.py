@@ -48,7 +48,7 @@ class MissingPartError(ForewordError):
 
 
 class StoreError(ForewordError):
-    """An object store, or what else a mirror follows, can't be read."""
+    """An object store, a model hub, or what else prefixes are kept in, can't be read or written."""
 
 
 class OverloadedError(ForewordError):

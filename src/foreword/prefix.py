@@ -179,14 +179,16 @@ class Prefix:
 
     @classmethod
     def load(cls, folder: str | Path) -> Prefix:
-        """Read what :meth:`save` wrote. Never runs code from the folder.
+        """Read what :meth:`save` wrote, here or on a hub (``"hf://owner/name"``). Never runs code from the folder.
 
         Raises:
             PrefixFileError: the folder is missing, incomplete, corrupt, or of an unknown format.
+            StoreError: the hub can't be read, or has no such repository.
         """
         from foreword._prefix_file import load
+        from foreword.hub import located
 
-        return load(Path(folder))
+        return load(located(folder))
 
     def given(self, condition: Any) -> Prefix:
         """The plain prefix that a conditional one (``PrefixConfig(condition=C)``) makes of one vector ``(C,)``.
@@ -220,6 +222,12 @@ class Prefix:
 
         chosen = Storage.of(storage) if isinstance(storage, str) else storage
         return save(replace(self, storage=chosen or self.storage), Path(folder), overwrite=overwrite)
+
+    def push_to_hub(self, to: str, *, private: bool | None = None, message: str | None = None) -> str:
+        """Save it on a hub as ``"owner/name"``; returns the address of this version: :func:`foreword.hub.push`."""
+        from foreword.hub import push
+
+        return push(self, to, private=private, message=message)
 
     # ---------------------------------------------------------------- what is in it
 

@@ -21,8 +21,8 @@ PROMPTS = ("The film is", "There is a place")
 
 
 COMMANDS = (
-    "train", "tune", "meta", "distill", "compress", "generate", "serve", "mirror", "export", "import", "eval",
-    "compare", "inspect", "look", "interference", "demo", "doctor",
+    "train", "tune", "meta", "distill", "compress", "generate", "push", "serve", "mirror", "export", "import",
+    "eval", "compare", "inspect", "look", "interference", "demo", "doctor",
 )  # fmt: skip
 
 

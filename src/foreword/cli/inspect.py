@@ -22,10 +22,11 @@ def run(
 ) -> None:
     """Show a prefix: sites, lengths, bytes, norms, base model, training."""
     from foreword._prefix_file import WEIGHTS
+    from foreword.hub import located
     from foreword.prefix import Prefix
 
     prefix = Prefix.load(folder)
-    record = {**describe(prefix), "file_bytes": (folder / WEIGHTS).stat().st_size}
+    record = {**describe(prefix), "file_bytes": (located(folder) / WEIGHTS).stat().st_size}
     if as_json:
         print_json(record)
         return

@@ -73,14 +73,16 @@ def _folders(options: list[str]) -> dict[str, Path]:
         ConfigError: two of one name.
         PrefixFileError: a folder holds no prefix.
     """
+    from foreword.hub import located
+
     named = []
     for option in options:
         if "=" in option and not Path(option).is_dir():
             named.append(option)
             continue
-        folder = Path(option)
+        folder = located(option)
         if (folder / "foreword.json").is_file():
-            named.append(f"{folder.resolve().name}={option}")
+            named.append(f"{Path(option).resolve().name}={option}")
             continue
         inside = sorted(f for f in folder.glob("*/foreword.json") if not f.parent.name.startswith("checkpoint-"))
         if not inside:

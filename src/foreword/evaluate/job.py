@@ -186,10 +186,12 @@ class Evaluation:
             return about | {"predictions": {"sha256": _digest(texts)}}
         from foreword._prefix_file import DESCRIPTION, WEIGHTS
         from foreword.fingerprint import Fingerprint
+        from foreword.hub import located
 
         assert loaded is not None and self.writer is not None
         base = Fingerprint.of(loaded[0]).to_json()
-        files = [b"".join((folder / n).read_bytes() for n in (WEIGHTS, DESCRIPTION)) for folder in self.writer.prefixes]
+        folders = [located(folder) for folder in self.writer.prefixes]
+        files = [b"".join((folder / n).read_bytes() for n in (WEIGHTS, DESCRIPTION)) for folder in folders]
         return about | {
             "base": base | {"weights": _digest([json.dumps(base["weights"])])}, "dtype": str(loaded[0].dtype),
             "prefixes": [hashlib.sha256(content).hexdigest() for content in files], "strength": self.writer.strength,

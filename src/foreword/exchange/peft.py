@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from foreword._begun import write_whole
 from foreword.cacheable import check_all_layers, check_cacheable, for_cache, layer_number
 from foreword.errors import MismatchError, PrefixFileError
+from foreword.hub import located
 from foreword.prefix import Prefix
 from foreword.sites import Site, sites
 
@@ -38,6 +39,7 @@ def read_peft(folder: str | Path, model: PreTrainedModel, *, keep_positions: boo
     """A prefix that PEFT trained (``PrefixTuningConfig``), for text that starts at position 0.
 
     Args:
+        folder: here, or on a hub (``"hf://owner/name"``).
         model: its base model: a decoder whose layers all have the same key/value heads.
         keep_positions: leave it for text that starts after the virtual tokens, as PEFT has it. Models that aren't
             rotary are always left so.
@@ -46,7 +48,7 @@ def read_peft(folder: str | Path, model: PreTrainedModel, *, keep_positions: boo
         PrefixFileError: files are missing, damaged, or of another method.
         MismatchError: it is for another model.
     """
-    folder = Path(folder)
+    folder = located(folder, (CONFIG, WEIGHTS))
     config = _config(folder)
     rows = _embeddings(folder, config)
     found = [s for s in sites(model) if s.kind == "self" and not s.tower]
@@ -77,7 +79,7 @@ def base_of(folder: str | Path) -> str | None:
     Raises:
         PrefixFileError: there is no adapter, or one of another method.
     """
-    return _config(Path(folder)).get("base_model_name_or_path") or None
+    return _config(located(folder, (CONFIG, WEIGHTS))).get("base_model_name_or_path") or None
 
 
 def write_peft(prefix: Prefix, model: PreTrainedModel, folder: str | Path) -> Path:
