@@ -142,5 +142,5 @@ def test_what_is_no_address(text):
 
 def test_folders_are_folders(tmp_path):
     assert located(tmp_path) == tmp_path and located("me/reviews").as_posix() == "me/reviews"
-    with pytest.raises(PrefixFileError):
+    with pytest.raises(PrefixFileError, match=r"me/reviews is not a folder; expected one .* or hf://OWNER/NAME"):
         fw.Prefix.load("me/reviews")

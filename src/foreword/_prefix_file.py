@@ -233,7 +233,7 @@ def _build(description: dict[str, Any], tensors: dict[str, Tensor]) -> Prefix:
 
 def _read_description(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise PrefixFileError(f"{folder} is not a folder; expected one that Prefix.save wrote")
+        raise PrefixFileError(f"{folder} is not a folder; expected one that Prefix.save wrote, or hf://OWNER/NAME")
     path = folder / DESCRIPTION
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
