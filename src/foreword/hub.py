@@ -100,6 +100,11 @@ def located(folder: str | Path, files: Sequence[str] = (WEIGHTS, DESCRIPTION, CA
     return Path(top) / address.folder
 
 
+def shown(folder: str | Path) -> str:
+    """A folder or an address as people write it; a pathlib.Path has lost a slash of the latter."""
+    return str(Address.of(folder)) if _SCHEME.match(str(folder)) else str(folder)
+
+
 def push(prefix: Prefix, to: str | Path, *, private: bool | None = None, message: str | None = None) -> str:
     """Put a prefix on a hub, as one commit; the repository is made if need be.
 

@@ -27,6 +27,11 @@ def test_a_pushed_prefix_is_used_by_its_address(hub, run, saved, folder, data, t
     assert run(*writes, "--prefix", told["version"]) == run(*writes, "--prefix", saved)
     code, out, err = run("inspect", "hf://me/film", "--json")
     assert code == 0 and json.loads(out)["file_bytes"] == (saved / "prefix.safetensors").stat().st_size, err
+    code, out, err = run("inspect", "hf://me/film")
+    assert code == 0 and out.startswith("hf://me/film: Prefix(4 virtual tokens") and err == ""
+    code, out, err = run("look", "hf://me/film", "--model", folder, "--text", "The film is fine.", "--only", "words",
+                         "--out", tmp_path / "look.html")  # fmt: skip
+    assert code == 0 and ": hf://me/film on 1 texts" in out, err
     code, out, err = run("eval", "--model", folder, "--prefix", "hf://me/film", "--data", data, "--metrics", "chrf",
                          "--limit", 2, "--max-new-tokens", 3, "--json")  # fmt: skip
     assert code == 0, err

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from foreword.cli._shared import print_json
+from foreword.cli._shared import print_json, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +21,9 @@ def run(
     as_json: Annotated[bool, Option("--json")] = False,
 ) -> None:
     """Show a prefix: sites, lengths, bytes, norms, base model, training."""
+    quiet()
     from foreword._prefix_file import WEIGHTS
-    from foreword.hub import located
+    from foreword.hub import located, shown
     from foreword.prefix import Prefix
 
     prefix = Prefix.load(folder)
@@ -30,7 +31,7 @@ def run(
     if as_json:
         print_json(record)
         return
-    _print(folder, prefix, record)
+    _print(shown(folder), prefix, record)
 
 
 def describe(prefix: Prefix) -> dict[str, Any]:
@@ -83,12 +84,12 @@ def _dtype(prefix: Prefix) -> str:
     return str(tensors[0].dtype).removeprefix("torch.") if tensors else "?"
 
 
-def _print(folder: Path, prefix: Prefix, record: dict[str, Any]) -> None:
+def _print(name: str, prefix: Prefix, record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
     console = Console()
-    console.print(f"[bold]{folder}[/bold]: {prefix!r}")
+    console.print(f"[bold]{name}[/bold]: {prefix!r}")
     console.print(f"base model {record['base_model'] or '?'} ({record['model_class']}), numbers {record['dtype']}")
     stored = "" if prefix.storage.plain else f" ({prefix.storage})"
     console.print(f"in memory {record['bytes']:,} bytes, its file {record['file_bytes']:,}{stored}")

@@ -46,6 +46,7 @@ def run(
 
     from foreword.evaluate import inside
     from foreword.evaluate.inside.page import check_page
+    from foreword.hub import shown
 
     parts = inside.PARTS if only is None else tuple(p.strip() for p in only.split(","))
     asked = [int(n) for n in _numbers(lengths, "--lengths", whole=True)] if lengths is not None else None
@@ -68,17 +69,18 @@ def run(
     if target is not None:
         inside.write_page(found, target)
     if not as_json:
-        typer.echo(f"{target}: {folder} on {len(examples)} texts; open it in a browser")
+        typer.echo(f"{target}: {shown(folder)} on {len(examples)} texts; open it in a browser")
 
 
 def _loaded(folder: Path) -> Prefix:
     from foreword.conditional import part_of
+    from foreword.hub import shown
     from foreword.prefix import Prefix
 
     prefix = Prefix.load(folder)
     if part_of(prefix) is not None:
         raise ConfigError(
-            f"{folder} depends on a condition vector; make a plain prefix of one in Python, "
+            f"{shown(folder)} depends on a condition vector; make a plain prefix of one in Python, "
             "fw.Prefix.load(...).given(vector).save(...), and look at that"
         )
     return prefix
