@@ -68,8 +68,10 @@ def without(cells: list[list[str]], columns: tuple[str, ...]) -> list[list[str]]
 def told(name: str, record: dict[str, Any]) -> str:
     """One comparison in Markdown."""
     from foreword.compare.report import cost, markdown_table, quality, rates
+    from foreword.compare.table import best_epoch
 
-    lines, facts = record["rows"], record["facts"]
+    facts = record["facts"]
+    lines = [{**line, "best_epoch": best_epoch(line, facts)} for line in record["rows"]]  # older records have none
     tests = list(dict.fromkeys(t for line in lines for t in line["tests"]))
     budget = " ".join(f"{v:g} {k}" for k, v in facts["budget"].items())
     seeds = max(line["runs"] for line in lines)

@@ -12,7 +12,7 @@ from foreword.compare import PRESETS, Budget, Plan, make_rows, preset_rows
 from foreword.compare.literature import LITERATURE
 from foreword.compare.plots import _levels, draw
 from foreword.compare.report import cost, quality, rates, write_report
-from foreword.compare.table import tabulate
+from foreword.compare.table import best_epoch, tabulate
 
 FACTS = {
     "model": {"weights": "w", "dtype": "torch.float32"},
@@ -73,6 +73,9 @@ def test_means_spread_and_ratios(made):
         full["training_seconds_ratio"] == 2.5 and full["peak_bytes_ratio"] == 1.5 and base["peak_bytes_ratio"] is None
     )
     assert (full["runs"], full["diverged"]) == (2, 1) and full["tests"]["test"]["loss"]["sd"] is None
+    assert prefix["best_epoch"] == pytest.approx(3 * 4 / 9) and base["best_epoch"] is None
+    few = {"best_step": {"mean": 12.0}, "examples": 6}
+    assert best_epoch(few, FACTS) == 8
     assert prefix["factor"] == 0.5 and prefix["at_the_edge"] and len(prefix["search"]) == 2
 
 
@@ -92,6 +95,7 @@ def test_tables_say_what_the_lines_hold(made):
     assert [prefix[1], prefix[3]] == ["50", "1.700 ± 0.819 [0.700, 3.700]"] and full[0] == "full (1 of 2 diverged)"
     assert quality(lines, "test", brief=True)[2][3] == "1.700 ± 0.819"
     table = cost(lines)
+    assert [row[table[0].index("epochs to it")] for row in table[1:]] == ["", "1.33", "1.33"]
     assert table[3][table[0].index("× time")] == "2.50" and "writing speed" not in table[0]
     assert set(cost(lines, brief=True)[0]) < set(table[0])
     assert rates(lines)[1] == ["prefix 4", "0.01: 2.500; 0.02: 3.000", "0.01"]

@@ -110,7 +110,8 @@ def _cost_notes(plan: Plan) -> list[str]:
     return [
         f"{first} {clock} Memory is how far a process's resident memory rises in training steps above what it was "
         "before the model was loaded. Writing speed is that of the saved artefact, as a ratio to the base model in the "
-        "same process; below 1 is slower. Best step is where the validation loss was lowest."
+        "same process; below 1 is slower. Best step is where the validation loss was lowest; epochs to it: how often "
+        "the training examples had been seen by then."
     ]
 
 
@@ -150,14 +151,14 @@ def quality(lines: Sequence[Line], test: str, *, brief: bool = False) -> Cells:
 def cost(lines: Sequence[Line], *, brief: bool = False) -> Cells:
     """The table of what each line costs; ``brief``: only what people look at first."""
     head = ["", "parameters", "share", "stored", "steps", "tokens trained on", "training s", "× time", "memory",
-            "× memory", "best step", "writing speed"]  # fmt: skip
+            "× memory", "best step", "epochs to it", "writing speed"]  # fmt: skip
     rows = [
         [
             line["label"], _count(line), f"{line['share']:.3%}" if line["parameters"] else "",
             _bytes(line["stored_bytes"]) if line["stored_bytes"] else "", _mean(line["steps"], "{:,.0f}"),
             _mean(line["supervised_tokens"], "{:,.0f}"), _mean(line["training_seconds"], "{:.1f}"),
             _number(line["training_seconds_ratio"]), _mean(line["peak_bytes"], "", _bytes),
-            _number(line["peak_bytes_ratio"]), _mean(line["best_step"], "{:.0f}"),
+            _number(line["peak_bytes_ratio"]), _mean(line["best_step"], "{:.0f}"), _number(line["best_epoch"]),
             _mean(line["speed_ratio"], "{:.2f}"),
         ] for line in lines
     ]  # fmt: skip

@@ -25,7 +25,15 @@ def tabulate(plan: Plan, results: Mapping[str, Result], facts: Mapping[str, Any]
     for line in lines:
         for name in ("training_seconds", "peak_bytes"):
             line[f"{name}_ratio"] = _ratio(_mean(line[name]), _mean(first[name]) if first is not None else None)
+        line["best_epoch"] = best_epoch(line, facts)
     return lines
+
+
+def best_epoch(line: Mapping[str, Any], facts: Mapping[str, Any]) -> float | None:
+    """How often a line had seen its training examples at its best step; None: it isn't trained."""
+    step = _mean(line["best_step"])
+    examples = line.get("examples") or facts["task"]["data"]["train"]["examples"]
+    return None if step is None else step * facts["batch_size"] / examples
 
 
 def _baselines(plan: Plan) -> list[Run]:
