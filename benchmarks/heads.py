@@ -41,15 +41,20 @@ TASKS = {"reviews": "sequence", "entities": "token", "pairs": "sequence"}
 # What is trained in every method: all that stands after the encoder's last layer.
 HEAD = {"sequence": r"classifier\..*|bert\.pooler\..*", "token": r"classifier\..*"}
 RATES = {
-    "sequence": {
+    "reviews": {
         "head only": (1e-3, 3e-3, 1e-2),
         "prefix and head": (1e-2, 2e-2, 5e-2),
         "full fine-tuning": (1e-4, 2e-4, 5e-4),
     },
-    "token": {
+    "entities": {
         "head only": (3e-3, 1e-2, 3e-2),
         "prefix and head": (2e-2, 5e-2, 1e-1),
         "full fine-tuning": (1e-4, 2e-4, 5e-4),
+    },
+    "pairs": {
+        "head only": (1e-3, 3e-3, 1e-2),
+        "prefix and head": (3e-3, 1e-2, 2e-2),
+        "full fine-tuning": (3e-5, 1e-4, 3e-4),
     },
 }
 # The best score in the search; of pairs, where nothing was searched, those of the reviews.
@@ -258,7 +263,7 @@ def search(tokenizer, task: str, names: list[str], data: list, options) -> Itera
     model = new_model(kind, names, 0)
     for method in options.methods:
         found = {}
-        for rate in options.rates or RATES[kind][method]:
+        for rate in options.rates or RATES[task][method]:
             result = found[f"{rate:g}"] = run(
                 model, tokenizer, config(method, kind, rate), *data, options.batch, steps, 0
             )
