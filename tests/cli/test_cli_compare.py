@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from calling import call
+from rich.console import Console
 from typer.testing import CliRunner
 
 import foreword as fw
@@ -70,6 +72,22 @@ def test_the_tables_and_more_seeds(compared, run):
     assert {k: v for k, v in json.loads((out / "results.json").read_text())["runs"].items() if k in before} == record[
         "runs"
     ]
+
+
+@pytest.mark.parametrize("width", [30, 50, 80, 200])
+def test_a_wide_table_stands_in_parts_of_whole_cells(width):
+    from foreword.cli._compare_shown import _print_table
+
+    heads = ["", "parameters", "validation loss ↓", "slot-hallucinated ↓ %", "bleu ↑"]
+    cells = [heads, ["base model", "", "2.602", "0.00", "0.10"], ["every second", "115,200", "1.325", "10.42", "55.68"]]
+    console = Console(width=width, file=io.StringIO())
+    _print_table(console, cells, "test")
+    lines = console.file.getvalue().split("\n")
+    assert max(map(len, lines)) <= max(width, 36)  # of the least table: the names and the widest column
+    rows = [[c.strip() for c in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    for name, *numbers in cells[1:]:
+        assert [n for row in rows if row[0] == name for n in row[1:]] == numbers
+    assert len(rows) == 2 * {30: 4, 50: 2, 80: 1, 200: 1}[width]
 
 
 def test_other_conditions_are_refused(compared, run):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from foreword.compare import PRESETS, Budget, Plan, make_rows, preset_rows
 from foreword.compare.literature import LITERATURE
 from foreword.compare.plots import _levels, draw
-from foreword.compare.report import cost, quality, rates, write_report
+from foreword.compare.report import cost, edge_note, quality, rates, write_report
 from foreword.compare.table import best_epoch, tabulate
 
 FACTS = {
@@ -101,6 +101,23 @@ def test_tables_say_what_the_lines_hold(made):
     assert rates(lines)[1] == ["prefix 4", "0.01: 2.500; 0.02: 3.000", "0.01"]
 
 
+@pytest.mark.parametrize(
+    ("taken", "wider"),
+    [((0.3, 1.0), "0.09,0.3,1,3"), ((3.0, 1.0), "0.3,1,3,9"), ((3.0, 0.3), "0.09,0.3,1,3,9"), ((1.0, 1.0), None)],
+)
+def test_rates_at_the_edge_are_named_with_a_wider_grid(taken, wider):
+    lines = [
+        {"label": f"line {i}", "factor": factor, "at_the_edge": factor != 1,
+         "search": [{"factor": f} for f in (1.0, 0.3, 3.0)]}
+        for i, factor in enumerate(taken)
+    ]  # fmt: skip
+    said = edge_note([{"label": "base model", "at_the_edge": False}, *lines])
+    if wider is None:
+        assert said == ""
+    else:
+        assert f"--rates {wider} " in said and all((line["label"] in said) == line["at_the_edge"] for line in lines)
+
+
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_pages_escape_what_they_show(made, preset, tmp_path):
     task, plan, results = made
@@ -109,7 +126,7 @@ def test_pages_escape_what_they_show(made, preset, tmp_path):
     write_report(tmp_path, task, plan, record)
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
     assert "a | b &lt;i&gt;" in page and "&lt;x&gt;" in page and "n&lt;b&gt;" in page and "<x>" not in page
-    assert "1 runs are still to be done" in text
+    assert "1 runs are still to be done" in text and "--rates 0.25,0.5,1 " in text
     assert ("What the literature reports" in text) == bool(LITERATURE.get(preset))
     columns = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
     assert columns

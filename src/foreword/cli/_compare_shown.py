@@ -14,7 +14,7 @@ from foreword.cli._shared import print_json
 from foreword.compare.comparison import Comparison, Outcome, Watcher
 from foreword.compare.estimate import estimate
 from foreword.compare.presets import PRESETS
-from foreword.compare.report import cost, quality
+from foreword.compare.report import cost, edge_note, quality
 from foreword.compare.rows import METHODS
 
 if TYPE_CHECKING:
@@ -72,18 +72,32 @@ def show(outcome: Outcome) -> None:
     console = Console()
     lines = outcome.record["rows"]
     for test in dict.fromkeys(t for line in lines for t in line["tests"]):
-        console.print(_table(quality(lines, test, brief=True), test))
-    console.print(_table(cost(lines, brief=True), "cost"))
+        _print_table(console, quality(lines, test, brief=True), test)
+    _print_table(console, cost(lines, brief=True), "cost")
+    if edge := edge_note(lines):
+        console.print(edge, highlight=False, markup=False)
     if outcome.missing:
         console.print(f"{outcome.missing} runs are not finished", highlight=False)
     typer.echo(f"written: {', '.join(str(p) for p in outcome.written[:3])} and plots in {outcome.out / 'plots'}")
 
 
-def _table(cells: Sequence[Sequence[str]], title: str) -> Table:
+def _print_table(console: Console, cells: Sequence[Sequence[str]], title: str | None) -> None:
+    """A table; columns that have no room beside the lines' names stand in another one below, with the names again."""
+    names, *columns = zip(*cells, strict=True)
+    boundless = console.options.update(width=10_000)  # a table is measured as it would like to be
+    while columns:
+        some = (_table(names, columns[:n], title) for n in range(len(columns), 0, -1))
+        table = next((t for t in some if console.measure(t, options=boundless).maximum <= console.width), None)
+        table = table or _table(names, columns[:1], title)
+        console.print(table)
+        columns, title = columns[len(table.columns) - 1 :], None
+
+
+def _table(names: Sequence[str], columns: Sequence[Sequence[str]], title: str | None) -> Table:
     table = Table(title=title)
-    for i, name in enumerate(cells[0]):
-        table.add_column(name, justify="right" if i else "left")
-    for row in cells[1:]:
+    for i, (head, *_) in enumerate((names, *columns)):
+        table.add_column(head.replace(" ", "\n", 1) if len(head) > 6 else head, justify="right" if i else "left")
+    for row in zip(names[1:], *(column[1:] for column in columns), strict=True):
         table.add_row(*row)
     return table
 

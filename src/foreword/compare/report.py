@@ -123,12 +123,22 @@ def _rate_notes(plan: Plan, lines: Sequence[Line]) -> list[str]:
         f"the one with the lowest validation loss trains for {rest.describe()} with every seed. The trials are part of "
         "the budget, and the other seeds reuse the choice. A short trial may favour another rate than a long run."
     ]
-    edges = [line["label"] for line in lines if line["at_the_edge"]]
-    if edges:
-        found.append(
-            f"At the edge of the grid, so that a better rate may lie beyond it: {', '.join(edges)} (try --rates)."
-        )
-    return found
+    return [*found, edge] if (edge := edge_note(lines)) else found
+
+
+def edge_note(lines: Sequence[Line]) -> str:
+    """Which lines took a rate at the grid's edge, and a grid that goes on there; empty: none did."""
+    edges = [line for line in lines if line["at_the_edge"]]
+    if not edges:
+        return ""
+    grid, taken = sorted(trial["factor"] for trial in edges[0]["search"]), {line["factor"] for line in edges}
+    below = [grid[0] ** 2 / grid[1]] if grid[0] in taken else []
+    above = [grid[-1] ** 2 / grid[-2]] if grid[-1] in taken else []
+    wider = ",".join(f"{factor:.2g}" for factor in (*below, *grid, *above))
+    return (
+        "At the edge of the grid of learning rates, so that a better one may lie beyond it: "
+        f"{', '.join(line['label'] for line in edges)}. A comparison with --rates {wider} would tell."
+    )
 
 
 def quality(lines: Sequence[Line], test: str, *, brief: bool = False) -> Cells:
