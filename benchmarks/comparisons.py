@@ -21,6 +21,16 @@ DOCS = Path(__file__).parent.parent / "docs"
 KEPT = ("preset", "facts", "rows", "failed", "missing_runs")
 UNTIMED = ("× time", "writing speed")  # these runs shared the machine with others; benchmarks/step.py has times
 PICTURES = ("length", "examples", "steps")  # the first that there is
+# What the page begins with: lines of two comparisons each, of film reviews and of E2E.
+SUMMARY = {
+    "base model": (("reviews", "base model"), ("methods", "base model")),
+    "prefix of 20 from a text": (("reviews", "prefix 20"), ("methods", "prefix 20")),
+    "prefix of 8 from a text, memory of rank 4": (("reviews", "prefix+memory 8"), ("methods", "prefix+memory 8")),
+    "LoRA of rank 4": (("reviews", "lora 4"), ("methods", "lora 4")),
+    "BitFit": (("reviews-f32", "bitfit"), ("methods-f32", "bitfit")),
+    "full fine-tuning": (("reviews-f32", "full"), ("methods-f32", "full")),
+    "prefix of 20 from random numbers": (("reviews-initialisation", "random"), ("initialisation", "random")),
+}
 
 
 def main() -> None:
@@ -49,14 +59,36 @@ def filled(page: str) -> str:
     """The page with each block made anew from results/."""
 
     def block(found: re.Match[str]) -> str:
-        path = RESULTS / f"compare-{found[1]}.json"
-        if not path.is_file():
+        if not (found[1] == "summary" or (RESULTS / f"compare-{found[1]}.json").is_file()):
             return found[0]
-        return (
-            f"<!-- {found[1]} -->\n{told(found[1], json.loads(path.read_text(encoding='utf-8')))}\n<!-- /{found[1]} -->"
-        )
+        inside = summary() if found[1] == "summary" else told(found[1], kept(found[1]))
+        return f"<!-- {found[1]} -->\n{inside}\n<!-- /{found[1]} -->"
 
     return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", block, page, flags=re.DOTALL)
+
+
+def kept(name: str) -> dict[str, Any]:
+    """A comparison of results/."""
+    record: dict[str, Any] = json.loads((RESULTS / f"compare-{name}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def summary() -> str:
+    """The test losses that matter most, the least of each column in bold."""
+    from foreword.compare.report import markdown_table
+
+    found = [
+        [next(line for line in kept(name)["rows"] if line["label"] == label) for name, label in places]
+        for places in SUMMARY.values()
+    ]
+    losses = [[line["tests"]["test"]["loss"] for line in lines] for lines in found]
+    least = [min(column, key=lambda loss: loss["mean"]) for column in zip(*losses, strict=True)]
+    rows = [["test loss, nats a token", "trained numbers", "film reviews", "restaurants (E2E)"]]
+    for label, lines, own in zip(SUMMARY, found, losses, strict=True):
+        cells = [f"{loss['mean']:.3f}" + (f" ± {loss['sd']:.3f}" if loss["sd"] is not None else "") for loss in own]
+        bold = [f"**{cell}**" if loss is best else cell for cell, loss, best in zip(cells, own, least, strict=True)]
+        rows.append([label, f"{lines[0]['parameters']:,}" if lines[0]["parameters"] else "", *bold])
+    return markdown_table(rows)
 
 
 def without(cells: list[list[str]], columns: tuple[str, ...]) -> list[list[str]]:
