@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 import foreword as fw
 import zoo
-from foreword import _masks
+from foreword import _masks, _memo
 from foreword._kernels import kernel_for, self_check
 from foreword.attention import SitePrefix, attend, attention_path, merged_attention
 
@@ -299,7 +299,7 @@ def test_a_mask_changed_in_place_is_read_again(mode):
 
 
 def test_a_new_mask_at_an_old_address_is_read_anew():
-    seen, memo = set(), _masks._local.__dict__.setdefault("memo", {})
+    seen, memo = set(), _memo.current.memo
     before = len(memo)
     for i in range(50):
         mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)

@@ -5,19 +5,26 @@ Works with every delegate. Its mask and position bias are extended by the prefix
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from transformers.integrations.flex_attention import flex_attention_forward
 
+from foreword._interface import Delegate, is_flash, is_sdpa
 from foreword._masks import additive, causal_mask, extend_mask, is_causal
 from foreword.errors import AttachError
 
 if TYPE_CHECKING:
     from foreword._views import BatchPrefix
 
-Delegate = Callable[..., tuple[Tensor, Tensor | None]]
+# Arguments by which a function picks the keys that it reads, by their numbers.
+_SELECTING = ("indices", "block_indices", "block_table")
+
+_honouring: weakref.WeakSet[Any] = weakref.WeakSet()  # functions of others that were seen to honour masks
 
 
 def concatenate(
@@ -33,12 +40,20 @@ def concatenate(
 ) -> tuple[Tensor, Tensor | None]:
     """The reference path: the delegate over keys and values that begin with the prefix."""
     bias = kwargs.get("position_bias")
-    on_cpu = delegate_name == "sdpa" and query.is_cpu and bias is None
-    if "flash" in delegate_name:
+    sdpa, flash = is_sdpa(delegate), is_flash(delegate_name)
+    on_cpu = sdpa and query.is_cpu and bias is None
+    if not sdpa and (by := next((n for n in _SELECTING if kwargs.get(n) is not None), None)):
+        raise AttachError(
+            f"{type(module).__name__} has {delegate_name!r} choose keys by number ({by}), and a prefix before them "
+            "would change every number; load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    if flash:
         _check_flash(prefix, key, attention_mask, kwargs)
     elif attention_mask is None and is_causal(module, query, None, kwargs) and delegate_name != "eager":
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         attention_mask = causal_mask(query)
+        if not sdpa and delegate is not flex_attention_forward:
+            prove_masks(delegate, delegate_name, module, query, key, value, attention_mask, kwargs)
     if attention_mask is None and (prefix.visible is not None or prefix.bias is not None):
         attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     if attention_mask is not None:
@@ -52,9 +67,49 @@ def concatenate(
     key, value = _join(prefix, key.to(query.dtype), value.to(query.dtype))
     if on_cpu and query.shape[1] != key.shape[1] and kwargs.get("softcap") is None:
         return _grouped_sdpa(query, key, value, attention_mask, kwargs), None
-    if "flash" not in delegate_name:
+    if not flash:
         kwargs["is_causal"] = False  # the mask says it all, or there was nothing to hide
     return delegate(module, query, key, value, attention_mask, **kwargs)
+
+
+def prove_masks(
+    delegate: Delegate, name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
+    kwargs: dict[str, Any],
+) -> None:  # fmt: skip
+    """Make sure, once per function, that a delegate which is not transformers' own honours a mask.
+
+    Without one it was causal by itself; with a prefix before the text, a mask has to say so. A text whose first token
+    is hidden by a mask must give what the rest of the text gives without one.
+
+    Args:
+        mask: ``(1, 1, S, S)`` bool, causal; S is 2 or more.
+
+    Raises:
+        AttachError: it gives something else.
+    """
+    if is_compiling() or _has(_honouring, delegate):
+        return
+    hidden = mask.clone()
+    hidden[..., 1:, 0] = False
+    with torch.no_grad():
+        masked = delegate(module, query, key, value, hidden, **{**kwargs, "is_causal": False})[0][:, 1:].float()
+        plain = delegate(module, query[:, :, 1:], key[:, :, 1:], value[:, :, 1:], None, **kwargs)[0].float()
+    off = float((plain - masked).abs().max() / plain.abs().max().clamp(min=1e-30))
+    if not off <= 64 * torch.finfo(query.dtype).eps:
+        raise AttachError(
+            f"the attention function {name!r} gives another output where a mask hides a token than without that token "
+            f"(off by {off:.2g} of its size), so a prefix can't be placed before the text with it. Expected a function "
+            "that honours attention_mask and is_causal; load the model with attn_implementation='sdpa'"
+        )
+    with suppress(TypeError):  # neither hashable nor weakly referable: proved again each time
+        _honouring.add(delegate)
+
+
+def _has(functions: weakref.WeakSet[Any], delegate: Delegate) -> bool:
+    try:
+        return delegate in functions
+    except TypeError:
+        return False
 
 
 def _join(prefix: BatchPrefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ class PrefixHolder(nn.Module):
         return self
 
 
-class SiteSlot:
+class SiteSlot(_interface.Slot):
     """Stands on an attention module and gives its calls the prefix of the pass."""
 
     def __init__(self, name: str, source: Any) -> None:

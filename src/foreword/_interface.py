@@ -1,112 +1,176 @@
-"""How transformers calls us: one attention function a delegate, registered under ``foreword_<delegate>``.
+"""How transformers calls us: attention functions pass through a route while something is attached anywhere.
 
-transformers 5 looks its attention up by the name in ``config._attn_implementation``. ``install`` puts our name
-there (in every config object of the model, each with the delegate it had), ``uninstall`` puts the old one back.
-Our function looks for a *slot* on the attention module: without one it is the delegate, called as it was.
+Each attention module asks transformers' ``AttentionInterface`` for a function by the name in its config. While there is
+a *slot* on some module, that question is answered with the function it was always answered with, behind a thin wrapper
+that looks for a slot on the module that calls it. A module without one gets exactly the function (the *delegate*); with
+one, the slot answers and is given the delegate.
+
+Configs, names and the registry stay what they are: model files compare names to decide what they compute, other
+libraries look them up, and an implementation that is changed or registered anew while something is attached is simply
+the next delegate. With the last slot, wherever it stood, the wrappers are gone.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable
-from typing import Any, Protocol, cast
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from torch.compiler import is_compiling
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
 
-from foreword.errors import UnsupportedModelError
-
-PREFIX = "foreword_"
 SLOT = "_foreword_slot"
+_MARK = "__foreword_route__"
+_MOST_WRAPPERS = 256  # functions that are made anew for each call are wrapped anew for each call
 
 Delegate = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-class Slot(Protocol):
-    """What stands on an attention module and answers its calls."""
+class Slot:
+    """What stands on an attention module and answers its calls. The route is there for as long as some slot lives."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Slot:  # also of a copy, and of one that is unpickled
+        slot = super().__new__(cls)
+        _count(slot)
+        return slot
 
     def __call__(
         self, delegate: Delegate, delegate_name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         attention_mask: Any, **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """What the module's attention gives.
+
+        Args:
+            delegate: the model's own attention function, under its name in the config (``"eager"`` for the one that
+                the model's file defines).
+            module: that the slot stands on. The other arguments are the delegate's.
+        """
+        raise NotImplementedError
 
 
-def _register(delegate_name: str) -> str:
-    """Register our function over a delegate (once a process); returns the name to put into a config."""
-    name = PREFIX + delegate_name
-    if name in AttentionInterface._global_mapping:
-        return name
-    registered = AttentionInterface._global_mapping.get(delegate_name)
+class _Inside(threading.local):
+    """What holds in this thread."""
 
-    def foreword_attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        delegate = registered if registered is not None else eager_function(type(module))
-        slot: Slot | None = module.__dict__.get(SLOT)
-        if slot is None:
-            return delegate(module, query, key, value, attention_mask, **kwargs)
-        return slot(delegate, delegate_name, module, query, key, value, attention_mask, **kwargs)
-
-    AttentionInterface.register(name, foreword_attention)
-    if (mask_function := AttentionMaskInterface._global_mapping.get(delegate_name)) is not None:
-        AttentionMaskInterface.register(name, cast(Callable[..., Any], mask_function))
-    return name
+    module: Any = None  # whose slot is answering: its delegate may look up another function for it
+    plain = False  # whether functions are handed out without their wrappers
 
 
-def eager_function(cls: type[nn.Module]) -> Delegate:
-    """The eager attention that a module's own file defines: transformers passes it as the default.
-
-    Raises:
-        UnsupportedModelError: the file has none.
-    """
-    for base in cls.__mro__:
-        # The file that defines forward, not the one that inherits it, holds the function that forward names.
-        forward = base.__dict__.get("forward")
-        for home in (getattr(inspect.unwrap(forward), "__globals__", {}) if forward else {},
-                     vars(sys.modules.get(base.__module__, sys))):  # fmt: skip
-            function = home.get("eager_attention_forward")
-            if function is not None:
-                return function
-    raise UnsupportedModelError(
-        f"{cls.__name__} runs eager attention that foreword cannot find; load the model with attn_implementation='sdpa'"
-    )
+_inside = _Inside()
+_lock = threading.RLock()  # a weak reference may end while it is held
+_slots: dict[int, weakref.ref[Slot]] = {}
+_wrappers: dict[tuple[Delegate, str], Delegate] = {}
+_before: dict[str, Any] = {}  # what AttentionInterface's own methods were
 
 
-def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every config object that some module of the model reads, each once."""
-    found: dict[int, PreTrainedConfig] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            found[id(config)] = config
-    return list(found.values())
+def _count(slot: Slot) -> None:
+    """Have the route there until this slot, and all others, are gone."""
+    number = id(slot)
+
+    def gone(_: weakref.ref[Slot]) -> None:
+        with _lock:
+            _slots.pop(number, None)
+            if not _slots:
+                _close()
+
+    with _lock:
+        _slots[number] = weakref.ref(slot, gone)
+        if not _before:
+            _open()
 
 
-def install(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str]]:
-    """Route the model's attention through foreword; returns what ``uninstall`` needs.
+def _open() -> None:
+    """Put the wrappers before every look-up, of a function by its name or of the one that a model's file brings."""
+    get_interface, get_item = AttentionInterface.get_interface, AttentionInterface.__getitem__
+    _before.update({name: AttentionInterface.__dict__.get(name) for name in ("get_interface", "__getitem__")})
 
-    Raises:
-        UnsupportedModelError: the model does not look its attention up by name.
-    """
-    if not model._can_set_attn_implementation():
-        raise UnsupportedModelError(
-            f"{type(model).__name__} computes its attention in its own code instead of transformers' attention "
-            "interface, so nothing can be placed before its keys and values. Expected: a model whose file calls "
-            "ALL_ATTENTION_FUNCTIONS (Llama, Qwen, Gemma, GPT-2, BERT, T5, ViT and most others do)"
+    @wraps(get_interface)
+    def routed_interface(self: AttentionInterface, attn_implementation: str, default: Delegate) -> Delegate:
+        function = get_interface(self, attn_implementation, default)
+        return (
+            function
+            if _inside.plain or hasattr(function, _MARK)
+            else _wrapper(function, attn_implementation or "eager")
         )
-    undo = []
-    for config in configs_of(model):
-        delegate = config._attn_implementation_internal
-        if delegate is None or delegate.startswith(PREFIX):
-            continue
-        name = _register(delegate)
-        config._attn_implementation_internal = name
-        undo.append((config, delegate))
-    return undo
+
+    @wraps(get_item)
+    def routed_item(self: AttentionInterface, key: str) -> Delegate:
+        function = get_item(self, key)
+        return function if _inside.plain else _wrapper(function, key)
+
+    setattr(AttentionInterface, "get_interface", routed_interface)  # noqa: B010
+    setattr(AttentionInterface, "__getitem__", routed_item)  # noqa: B010
 
 
-def uninstall(undo: list[tuple[PreTrainedConfig, str]]) -> None:
-    """Put the delegates back."""
-    for config, delegate in undo:
-        config._attn_implementation_internal = delegate
+def _close() -> None:
+    """Make the look-ups what they were."""
+    for name, method in _before.items():
+        if method is None:  # inherited
+            delattr(AttentionInterface, name)
+        else:
+            setattr(AttentionInterface, name, method)
+    _before.clear()
+    _wrappers.clear()
+
+
+def _wrapper(function: Delegate, name: str) -> Delegate:
+    """The function behind a look for a slot; the same wrapper for the same function and name."""
+    if is_compiling():
+        return _wrapped(function, name)
+    try:
+        found = _wrappers.get((function, name))
+    except TypeError:  # not hashable
+        return _wrapped(function, name)
+    if found is None:
+        found = _wrapped(function, name)
+        if len(_wrappers) < _MOST_WRAPPERS:
+            _wrappers[function, name] = found
+    return found
+
+
+def _wrapped(function: Delegate, name: str) -> Delegate:
+    def route(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        slot: Slot | None = getattr(module, "__dict__", {}).get(SLOT)
+        if slot is None:
+            return function(module, *args, **kwargs)
+        if is_compiling():
+            return slot(function, name, module, *args, **kwargs)
+        before = _inside.module
+        if before is module:  # a function that looks up another: the prefix stands before the text already
+            return function(module, *args, **kwargs)
+        _inside.module = module
+        try:
+            return slot(function, name, module, *args, **kwargs)
+        finally:
+            _inside.module = before
+
+    if not is_compiling():  # which doesn't trace this, and no one looks there
+        wraps(function)(route)
+    setattr(route, _MARK, True)
+    return route
+
+
+@contextmanager
+def unrouted() -> Iterator[None]:
+    """Inside the block, this thread's models are handed their functions as if nothing were attached anywhere."""
+    before, _inside.plain = _inside.plain, True
+    try:
+        yield
+    finally:
+        _inside.plain = before
+
+
+def is_sdpa(delegate: Delegate) -> bool:
+    """Whether a delegate is transformers' own call of ``scaled_dot_product_attention``, whatever name it has."""
+    return delegate is sdpa_attention_forward
+
+
+def is_flash(delegate_name: str) -> bool:
+    """Whether a delegate takes masks as flash attention does: ``(B, N)``, or none and causal to the last key."""
+    made_by = AttentionMaskInterface._global_mapping.get(delegate_name)
+    return "flash" in delegate_name or made_by is flash_attention_mask

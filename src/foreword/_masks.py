@@ -1,49 +1,17 @@
 """Masks for [prefix; text]: everything here is made once per forward pass and reused by every layer.
 
-A model builds its mask once and hands the same tensor to each layer, so what we derive from it is remembered by
-the tensor's identity (weakly: a mask that the model drops is dropped here as well).
+A model builds its mask once and hands the same tensor to each layer, so what we derive from it is memoised
+(``foreword._memo``).
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-_local = threading.local()
-_Held = tuple["weakref.ref[Tensor]", "Tensor | int", Tensor, Any]  # the mask, its state, what was made of it and with
-
-
-def remembered(
-    source: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor], beside: Tensor | None = None
-) -> Tensor:
-    """``make()``, or what it returned last time for the same tensor and key.
-
-    Args:
-        beside: another tensor that it is made of, which nobody changes.
-    """
-    if is_compiling():
-        return make()
-    memo: dict[tuple[Any, ...], _Held] = _local.__dict__.setdefault("memo", {})
-    key = (id(source), id(beside), *key)  # a model may hand out several masks in turn, one a kind of layer
-    held = memo.get(key)
-    if held is not None and held[0]() is source and _unchanged(source, held[1]):
-        return held[2]
-    with torch.inference_mode(False):  # so that what is made has a version counter in any case
-        made = make()
-    forget = weakref.ref(source, lambda _: memo.pop(key, None))
-    memo[key] = (forget, source.clone() if source.is_inference() else source._version, made, beside)
-    return made
-
-
-def _unchanged(source: Tensor, state: Tensor | int) -> bool:
-    """By the version counter; a tensor made in inference mode has none and is compared with a copy."""
-    return torch.equal(source, state) if isinstance(state, Tensor) else source._version == state
+from foreword._memo import kept_in_pass, memoised
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -56,24 +24,21 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             return mask.to(dtype)
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
-    return remembered(mask, ("additive", dtype), make)
+    return memoised(mask, ("additive", dtype), make)
 
 
 def dead_rows(mask: Tensor) -> Tensor:
     """``(B, 1|H, S|1)``: which queries see no key at all under an additive mask."""
-    return remembered(mask, ("dead",), lambda: (mask == -torch.inf).all(-1))
+    return memoised(mask, ("dead",), lambda: (mask == -torch.inf).all(-1))
 
 
 def causal_mask(query: Tensor) -> Tensor:
     """``(1, 1, S, S)`` bool: position i sees 0..i. The same tensor for every layer of a pass."""
-    length = query.shape[2]
-    held: Tensor | None = _local.__dict__.get("causal") if not is_compiling() else None
-    if held is not None and held.shape[-1] == length and held.device == query.device:
-        return held
-    made = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
-    if not is_compiling():
-        _local.causal = made
-    return made
+    length, device = query.shape[2], query.device
+    return kept_in_pass(
+        ("causal", length, device),
+        lambda: torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None],
+    )
 
 
 def is_causal(module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
@@ -97,7 +62,7 @@ def extend_mask(mask: Tensor, prefix: int, visible: Tensor | None, bias: Tensor 
         ``(B|1, 1|H, S|1, P + N)`` of the mask's dtype (of the bias's when the mask was bool).
     """
     if visible is None and bias is None:
-        return remembered(mask, ("extended", prefix), lambda: _prepend(mask, None, prefix))
+        return memoised(mask, ("extended", prefix), lambda: _prepend(mask, None, prefix))
     columns = visible[:, None, None, :] if visible is not None else None
     counts = columns is not None and columns.dtype != torch.bool
     if bias is None and mask.dtype == torch.bool and not counts:

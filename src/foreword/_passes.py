@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from foreword import _interface
 from foreword._given import Given, by_task
+from foreword._memo import watch_passes
 from foreword._views import SitePrefix
 from foreword.errors import AttachError
 
@@ -63,11 +63,11 @@ class Passes:
 
     def install(self) -> None:
         model = self.tuning.model
+        self.handles += watch_passes(model)
         if self.tuning.trainable or self.tuning.encoder.asks is not None:
             for module in _models(model):  # before the other hooks: a pass that fails in one of them is left again
                 self.handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 self.handles.append(module.register_forward_hook(self._leave, always_call=True))
-        self.handles.append(model.register_forward_pre_hook(self._check_route))
         if self.tuning.position_offset:
             self.handles.append(model.register_forward_pre_hook(self._move_text, with_kwargs=True))
 
@@ -76,14 +76,6 @@ class Passes:
             handle.remove()
         self.handles = []
         self.forget()
-
-    def _check_route(self, model: PreTrainedModel, args: Any) -> None:
-        name = model.config._attn_implementation_internal
-        if self.tuning.sites and name is not None and not name.startswith(_interface.PREFIX):
-            raise AttachError(
-                f"the attention implementation was set to {name!r} while a prefix is attached, which would leave the "
-                "prefix out; detach, set it, and attach again"
-            )
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         self.depth += 1

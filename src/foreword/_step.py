@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from foreword._masks import additive, dead_rows, extend_mask, remembered
+from foreword._masks import additive, dead_rows, extend_mask
+from foreword._memo import current, memoised
 
 if TYPE_CHECKING:
     from foreword._views import BatchPrefix, SitePrefix
@@ -52,24 +53,20 @@ def step(
     return out.view(batch, heads, queries, -1).transpose(1, 2).contiguous()
 
 
-_Step = tuple["weakref.ref[Tensor]", int, int, Tensor]  # the mask, its version, the prefix's length, what is added
-_last: _Step | None = None  # of any thread: it is only ever used for the mask that it is of
-
-
-def repeated(prefix: SitePrefix, query: Tensor, mask: Tensor) -> Tensor | None:
-    """What the last step added to its scores, if this one differs by its layer only: the same mask, a like prefix.
+def repeated(prefix: SitePrefix, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor | None:
+    """What the last layer added to its scores, if this one differs by its layer only: the same mask, a like prefix.
 
     A model hands one mask to all layers, so what was decided in the first holds in the others, and deciding costs
-    more there than several of a step's products.
+    more there than several of a step's products. The caller has seen that the call carries nothing else.
     """
-    last = _last
-    if last is None or is_compiling():
+    if is_compiling() or (last := current.step) is None:
         return None
     held, version, length, hidden = last
     if held() is not mask or mask._version != version or prefix.keys.shape[2] != length:
         return None
-    alike = prefix.plain and prefix.visible is None and prefix.keys.dtype is query.dtype
-    return hidden if alike and hidden.dtype is query.dtype else None
+    dtype = query.dtype
+    one_dtype = hidden.dtype is dtype and prefix.keys.dtype is dtype and key.dtype is dtype and value.dtype is dtype
+    return hidden if one_dtype and prefix.plain and prefix.visible is None else None
 
 
 def joint_mask(prefix: BatchPrefix, mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
@@ -82,15 +79,14 @@ def joint_mask(prefix: BatchPrefix, mask: Tensor | None, query: Tensor, keys: in
     numbers = additive(mask, query.dtype)
     assert numbers is not None
     if prefix.bias is None and prefix.visible is not None:
-        hidden = remembered(
+        hidden = memoised(
             numbers, ("joint", prefix.length), lambda: extend_mask(numbers, prefix.length, prefix.visible, None),
             beside=prefix.visible,
         )  # fmt: skip
     else:
         hidden = extend_mask(numbers, prefix.length, prefix.visible, prefix.bias)
-    if alike and query.shape[2] == 1 and not mask.is_inference() and not is_compiling():
-        global _last
-        _last = (weakref.ref(mask), mask._version, prefix.length, hidden)
+    if alike and query.shape[2] == 1 and not mask.is_inference() and not is_compiling() and current.depth:
+        current.step = (weakref.ref(mask), mask._version, prefix.length, hidden)
     return hidden
 
 

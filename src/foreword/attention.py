@@ -35,7 +35,8 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from foreword._choice import Path, cheapest
-from foreword._concat import Delegate, concatenate
+from foreword._concat import concatenate
+from foreword._interface import Delegate, is_sdpa
 from foreword._kernels import Kernel, kernel_for
 from foreword._masks import additive, is_causal
 from foreword._step import joint_mask, repeated, step
@@ -85,8 +86,8 @@ def attend(
         AttachError: the batch does not fit the tasks named, or the delegate cannot carry a prefix here.
     """
     hidden = None
-    if attention_mask is not None and seen is None and not _forced:
-        hidden = repeated(prefix, query, attention_mask)
+    if attention_mask is not None and seen is None and not _forced and is_sdpa(delegate) and not _carries(kwargs):
+        hidden = repeated(prefix, query, key, value, attention_mask)
     if hidden is not None:
         weights = None
         out = step(prefix, query, key, value, hidden, kwargs.get("scaling") or query.shape[-1] ** -0.5)
@@ -120,7 +121,7 @@ def _with_prefix(
                 rest, delegate, delegate_name, module, query, key, value, attention_mask, dict(kwargs)
             )
         return text + _gated(prefix, query, kwargs.get("scaling")).to(text), weights
-    path = _path(prefix, delegate_name, query, key, value, attention_mask, kwargs)
+    path = _path(prefix, delegate, query, key, value, attention_mask, kwargs)
     if path == "concat":
         return concatenate(prefix, delegate, delegate_name, module, query, key, value, attention_mask, kwargs)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -250,7 +251,13 @@ def _gated(prefix: BatchPrefix, query: Tensor, scaling: float | None) -> Tensor:
 
 
 def _path(
-    prefix: BatchPrefix, name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+    prefix: BatchPrefix,
+    delegate: Delegate,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
 ) -> Path:
     """The path asked for or the fastest, where the call allows it: concatenation always works.
 
@@ -262,9 +269,7 @@ def _path(
         path = cheapest(query, key, prefix, mask)
         if path == "concat" and prefix.bias is not None and prefix.bias.requires_grad and torch.is_grad_enabled():
             path = "merged"  # a mask that is learned leaves the fused kernel; the merged backward has its gradient
-    if path == "concat" or name != "sdpa" or kwargs.get("dropout"):
-        return "concat"
-    if not _CARRIED.isdisjoint(kwargs) and any(kwargs.get(k) is not None for k in _CARRIED):
+    if path == "concat" or not is_sdpa(delegate) or _carries(kwargs):
         return "concat"
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4 or mask.requires_grad):
         return "concat"
@@ -280,6 +285,12 @@ def _path(
     return "merged" if usable else "concat"
 
 
-_CARRIED = frozenset(
-    ("softcap", "s_aux", "position_bias", "cache")
-)  # arguments that only the delegate knows how to honour
+# Arguments that only the delegate knows how to honour.
+_CARRIED = frozenset(("softcap", "s_aux", "position_bias", "cache"))
+
+
+def _carries(kwargs: dict[str, Any]) -> bool:
+    """Whether a call is more than a softmax over masked and scaled scores."""
+    if kwargs.get("dropout"):
+        return True
+    return not _CARRIED.isdisjoint(kwargs) and any(kwargs.get(k) is not None for k in _CARRIED)

@@ -71,8 +71,8 @@ def measured(model: PreTrainedModel, measure: Measure[_T], tell: Callable[[str, 
             module.__dict__[_interface.SLOT] = slot
 
 
-@dataclass(frozen=True, slots=True)
-class _Measuring:
+@dataclass(frozen=True)
+class _Measuring(_interface.Slot):
     """A slot that looks before it does what it did."""
 
     slot: SiteSlot

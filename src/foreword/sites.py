@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foreword._interface import SLOT, Delegate, install, uninstall
+from foreword._interface import SLOT, Delegate, Slot, unrouted
 from foreword._offloaded import device_of
+from foreword._proof import check_route
 from foreword.errors import ConfigError, ForewordError, UnsupportedModelError
 
 Kind = Literal["self", "cross", "encoder"]
@@ -89,21 +90,30 @@ def sites(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None = Non
         ConfigError: the model needs example inputs.
     """
     found: dict[str, Site] = {}
-    delegates = {}
 
     def observe(call: Call, delegate_name: str) -> None:
         previous = found.get(call.name)
         site = _describe(call, delegate_name, model)
         found[call.name] = site if previous is None else _again(previous)
-        delegates[call.name] = delegate_name
 
-    dry_run(model, observe, example_inputs)
+    check_route(model, lambda: dry_run(model, observe, example_inputs), lambda: _plain_run(model, example_inputs))
     if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} made no attention call in a dry run, so there are no keys and values to place "
-            "a prefix before (state-space and recurrent models have none)"
-        )
+        raise UnsupportedModelError(_why_none(model))
     return list(found.values())
+
+
+def _why_none(model: PreTrainedModel) -> str:
+    name = type(model).__name__
+    if model._can_set_attn_implementation():
+        return (
+            f"{name} made no attention call in a dry run, so there are no keys and values to place a prefix before "
+            "(state-space and recurrent models have none)"
+        )
+    return (
+        f"{name} computes its attention in its own code instead of transformers' attention interface, so nothing can "
+        "be placed before its keys and values. Expected: a model whose file calls ALL_ATTENTION_FUNCTIONS (Llama, "
+        "Qwen, Gemma, GPT-2, BERT, T5, ViT and most others do)"
+    )
 
 
 def dry_run(
@@ -116,11 +126,22 @@ def dry_run(
     Raises:
         UnsupportedModelError: the pass failed; the cause is chained.
     """
+    with recording(model, observe):
+        return _run(model, example_inputs)
+
+
+def _plain_run(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None = None) -> Any:
+    """The same pass as if nothing were attached anywhere."""
+    with unrouted():
+        return _run(model, example_inputs)
+
+
+def _run(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None) -> Any:
     inputs: dict[str, Any] = dict(example_inputs if example_inputs is not None else text_inputs(model))
     if "use_cache" in inspect.signature(model.forward).parameters:
         # On the meta device a cache keeps transformers from looking into position_ids for packed sequences.
         inputs.setdefault("use_cache", device_of(model).type == "meta")
-    with recording(model, observe), evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         try:
             return model(**inputs)
         except ForewordError:
@@ -135,7 +156,6 @@ def dry_run(
 @contextmanager
 def recording(model: PreTrainedModel, observe: Callable[[Call, str], None]) -> Iterator[None]:
     """Inside the block, every attention call of the model is shown to ``observe`` and runs without prefixes."""
-    undo = install(model)
     previous = {}
     try:
         for name, module in model.named_modules():
@@ -147,11 +167,10 @@ def recording(model: PreTrainedModel, observe: Callable[[Call, str], None]) -> I
             module.__dict__.pop(SLOT, None)
             if slot is not None:
                 module.__dict__[SLOT] = slot
-        uninstall(undo)
 
 
-@dataclass(frozen=True, slots=True)
-class _Recorder:
+@dataclass(frozen=True)
+class _Recorder(Slot):
     name: str
     observe: Callable[[Call, str], None]
 

@@ -110,7 +110,6 @@ class Tuning:
         self._passes = Passes(self)
         self.holder.moved = self._passes.forget
         self._strength = 1.0
-        self._undo: list[Any] = []
         self._flags = flags_of(model)
 
     @property
@@ -341,7 +340,6 @@ class Tuning:
         self._passes.remove()
         if self.queries is not None:
             self.queries.remove()
-        _interface.uninstall(self._undo)
         del self.model._modules[CHILD]
         self.take_parts_off()
         return self.model
@@ -366,7 +364,6 @@ class Tuning:
         self.model.add_module(CHILD, self.holder)
         self.holder.train(self.model.training)
         if self.sites:
-            self._undo = _interface.install(self.model)
             for site in self.sites:
                 self.model.get_submodule(site.name).__dict__[_interface.SLOT] = SiteSlot(site.name, self._passes)
         self._passes.install()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foreword import _interface
+from foreword._memo import watch_passes
 from foreword._offloaded import device_of
 from foreword._queries import Queries
 from foreword._views import SitePrefix
@@ -59,7 +60,7 @@ class Library:
         self.holdings = Holdings(budget or Budget(), device_of(model), model.dtype, self.sites)
         self._queries: Queries | None = None
         self._choice: ContextVar[Choice | None] = ContextVar("foreword_choice", default=None)
-        self._undo = _interface.install(model)
+        self._handles = watch_passes(model)
         for site in self.sites:
             model.get_submodule(site.name).__dict__[_interface.SLOT] = SiteSlot(site.name, self)
 
@@ -255,9 +256,10 @@ class Library:
             slot = self.model.get_submodule(site.name).__dict__.pop(_interface.SLOT, None)
             if slot is None or slot.source is not self:
                 raise AttachError("this library is not on its model (any more); nothing to detach")
+        for handle in self._handles:
+            handle.remove()
         if self._queries is not None:
             self._queries.remove()
-        _interface.uninstall(self._undo)
         self.holdings.close()
         return self.model
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from foreword import _interface
 
 
-class Tap:
+class Tap(_interface.Slot):
     """Stands on an attention module, does what stood there before, and keeps what came out.
 
     Attributes:
@@ -40,7 +40,6 @@ class Tap:
 @contextmanager
 def tapped(model: PreTrainedModel, names: Iterable[str]) -> Iterator[dict[str, Tap]]:
     """Inside the block, a tap stands on each of these attention modules."""
-    undo = _interface.install(model)
     modules = {name: model.get_submodule(name) for name in names}
     before = {name: module.__dict__.get(_interface.SLOT) for name, module in modules.items()}
     taps = {name: Tap(slot) for name, slot in before.items()}
@@ -54,4 +53,3 @@ def tapped(model: PreTrainedModel, names: Iterable[str]) -> Iterator[dict[str, T
                 module.__dict__.pop(_interface.SLOT, None)
             else:
                 module.__dict__[_interface.SLOT] = before[name]
-        _interface.uninstall(undo)
