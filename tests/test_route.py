@@ -76,6 +76,7 @@ def mine():
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_names_and_the_registry_stay_what_they_were(attn):
+    gc.collect()  # what other tests left on their models
     model = zoo.build("llama", attn=attn)
     registry, methods = _registry(), (AttentionInterface.get_interface, AttentionInterface.__getitem__)
     tuning = fw.attach(model, fw.PrefixConfig(length=2, init="random"))
@@ -88,6 +89,7 @@ def test_names_and_the_registry_stay_what_they_were(attn):
 
 
 def test_the_route_is_there_as_long_as_something_stands_anywhere():
+    gc.collect()
     first, second = zoo.build("llama"), zoo.build("gpt2")
     lookup = AttentionInterface.get_interface
     tuning, library = fw.attach(first, fw.PrefixConfig(length=2, init="random")), fw.Library(second)

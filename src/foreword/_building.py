@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from foreword import conditional, methods
+from foreword._prompted import check_text
 from foreword.config import PrefixConfig
 from foreword.encoders import Direct, Frozen, PrefixEncoder, States, make_encoder
 from foreword.errors import ConfigError
@@ -16,10 +17,10 @@ from foreword.fingerprint import Fingerprint
 from foreword.initializers import initial_states
 from foreword.input_prompts import input_prompt, reads_into_decoder, saved_prompt
 from foreword.memory import Memory, Recall
-from foreword.positions import check_offset, find_rotations
+from foreword.positions import PositionFacts, check_offset, study
 from foreword.prefix import Prefix
 from foreword.quantized import keep_backward
-from foreword.sites import Site, select
+from foreword.sites import Site, select, text_inputs
 from foreword.sites import sites as find_sites
 from foreword.tuning import Tuning
 from foreword.visibility import Visibility, parse
@@ -119,7 +120,7 @@ def _check_prefix(
 ) -> None:
     found = _known_sites(model, prefix, example_inputs) if prefix.sites else []
     prefix.check_fits(model, found, force=force)
-    check_offset(model, prefix.position_offset)
+    check_offset(model, prefix.position_offset, prefix.sites)
 
 
 def _known_sites(model: PreTrainedModel, prefix: Prefix, example_inputs: Mapping[str, Any] | None) -> list[Site]:
@@ -190,16 +191,15 @@ def _stand_at_sites(
         chosen.update({s.name: s for s in sites})
     order = {s.name: i for i, s in enumerate(found)} or {n: i for i, n in enumerate(chosen)}
     tuning.sites = sorted(chosen.values(), key=lambda s: order.get(s.name, 0))
+    tuning.positions = study(model, found or tuning.sites) if tuning.sites else PositionFacts({})
     for prefix in prefixes:
         _load(tuning, prefix, trainable)
-    if at_sites:
-        tuning.__dict__["rotations"] = find_rotations(model, tuning.sites)
     for config in at_sites:
         if isinstance(config, methods.MemoryConfig):
             _new_memory(tuning, config, wanted[id(config)])
     for config in at_sites:
         if not isinstance(config, methods.MemoryConfig):
-            _new_prefix(tuning, config, wanted[id(config)], tokenizer, example_inputs)
+            _new_prefix(tuning, config, wanted[id(config)], found, tokenizer, example_inputs)
 
 
 def _sites_of(config: Any, found: Sequence[Site]) -> list[Site]:
@@ -219,7 +219,8 @@ def _load(tuning: Tuning, prefix: Prefix, trainable: bool) -> None:
         for i, site in enumerate(tuning.sites):
             if (weights := prefix.log_weights.get(site.name)) is not None and prefix.length(site.name):
                 tuning.holder.token_weights[str(i)] = nn.Parameter(weights.float().clone(), requires_grad=False)
-    tuning.__dict__["rotations"] = {**tuning.__dict__.get("rotations", {}), **prefix.rotations}
+    if not tuning.positions.studied:  # a model that doesn't start from text: what was proved where it was made
+        tuning.positions = PositionFacts({**tuning.positions.rotations, **prefix.rotations})
     if prefix.memory:
         tuning.holder.memory = Memory.of(prefix.memory, prefix.memory_up, trainable=trainable)
         tuning.recall = prefix.recall
@@ -247,20 +248,24 @@ def _new_prefix(
     tuning: Tuning,
     config: PrefixConfig | methods.PromptConfig,
     sites: Sequence[Site],
+    found: Sequence[Site],
     tokenizer: PreTrainedTokenizerBase | None,
     example_inputs: Mapping[str, Any] | None,
 ) -> None:
     model = tuning.model
-    check_offset(model, config.position_offset)
+    check_offset(model, config.position_offset, sites)
     tuning.config = config
     tuning.position_offset = config.position_offset
     if isinstance(config, methods.PromptConfig):
         from foreword.prompts import prompt_encoder
 
+        # A prompt is a text of its own: what holds for a text holds for it.
+        ids = text_inputs(model)["input_ids"][0].tolist()
+        check_text(model, sites, tuning.rotations, ids, config.position_offset and len(ids))
         tuning.holder.encoder = prompt_encoder(config, model, tokenizer, sites, tuning.rotations)
         _set_visible(tuning, parse(config.visible), [s.name for s in sites])
         return
-    start = initial_states(config, model, tokenizer, sites, tuning.rotations, example_inputs)
+    start = initial_states(config, model, tokenizer, sites, tuning.rotations, example_inputs, found)
     kept = [s for s in sites if s.name in start]
     tuning.holder.encoder = make_encoder(config, start, kept)
     used = start.keys() | set(tuning.holder.memory.names if tuning.holder.memory is not None else ())

@@ -156,6 +156,25 @@ def _wrapped(function: Delegate, name: str) -> Delegate:
 
 
 @contextmanager
+def only_slots(model: nn.Module, make: Callable[[str], Slot | None]) -> Iterator[None]:
+    """Inside the block, each module of a model has the slot that ``make`` gives for its name (None: none)."""
+    previous = {}
+    answering, _inside.module = _inside.module, None  # a prefix may be made by passes inside of a call
+    try:
+        for name, module in model.named_modules():
+            previous[module] = module.__dict__.pop(SLOT, None)
+            if (slot := make(name)) is not None:
+                module.__dict__[SLOT] = slot
+        yield
+    finally:
+        _inside.module = answering
+        for module, before in previous.items():
+            module.__dict__.pop(SLOT, None)
+            if before is not None:
+                module.__dict__[SLOT] = before
+
+
+@contextmanager
 def unrouted() -> Iterator[None]:
     """Inside the block, this thread's models are handed their functions as if nothing were attached anywhere."""
     before, _inside.plain = _inside.plain, True

@@ -32,9 +32,10 @@ class _Pass(threading.local):
         self.memo: dict[tuple[Any, ...], _Held] = {}
         self.kept: dict[tuple[Any, ...], Tensor] = {}
         self.step: Any = None  # what a step of generation decided in its first layer (foreword._step)
+        self.padding: Tensor | None = None  # the mask of real tokens that the pass was called with
 
     def clear(self) -> None:
-        self.memo, self.kept, self.step = {}, {}, None
+        self.memo, self.kept, self.step, self.padding = {}, {}, None, None
 
 
 current = _Pass()

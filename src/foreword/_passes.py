@@ -7,7 +7,6 @@ transformers model is called: the whole model, or its encoder alone as generatio
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from foreword._given import Given, by_task
 from foreword._memo import watch_passes
+from foreword._text_positions import TextPositions
 from foreword._views import SitePrefix
 from foreword.errors import AttachError
 
@@ -33,6 +33,7 @@ class Passes:
         self.made_of: torch.Tensor | None = None  # held, so that no other tensor takes its place in memory
         self.given = Given()
         self.depth = 0
+        self.text: TextPositions | None = None
         self.handles: list[Any] = []
 
     def view(self, name: str) -> SitePrefix | None:
@@ -68,10 +69,14 @@ class Passes:
             for module in _models(model):  # before the other hooks: a pass that fails in one of them is left again
                 self.handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
                 self.handles.append(module.register_forward_hook(self._leave, always_call=True))
-        if self.tuning.position_offset:
-            self.handles.append(model.register_forward_pre_hook(self._move_text, with_kwargs=True))
+        self.text = TextPositions(
+            model, self.tuning.sites, offset=self.tuning.position_offset, counted=self.tuning.positions.free
+        )
+        self.text.install()
 
     def remove(self) -> None:
+        if self.text is not None:
+            self.text.remove()
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -107,33 +112,9 @@ class Passes:
         if versions is None or versions != self.made_from or given is not self.made_of:
             self.views, self.made_from, self.made_of = None, versions, given
 
-    def _move_text(
-        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Have the text start at ``position_offset``."""
-        names = list(inspect.signature(model.forward).parameters)
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = _default_positions(kwargs)
-        kwargs["position_ids"] = positions + self.tuning.position_offset
-        return (), kwargs
-
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-
-
-def _default_positions(kwargs: dict[str, Any]) -> torch.Tensor:
-    """Positions of the tokens of one call, counted over real tokens as generation does: ``(B|1, S)``."""
-    inputs = kwargs.get("input_ids")
-    inputs = inputs if inputs is not None else kwargs["inputs_embeds"]
-    length, cache = inputs.shape[1], kwargs.get("past_key_values")
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    past = cache.get_seq_length() if cache is not None else 0
-    return (torch.arange(length, device=inputs.device) + past)[None]
 
 
 def _check_checkpointing(model: PreTrainedModel) -> None:

@@ -38,7 +38,7 @@ def check_route(model: nn.Module, routed: Callable[[], Any], plain: Callable[[],
 
 def largest_difference(a: Any, b: Any) -> float:
     """The largest difference of two outputs, relative to the size of the tensor it is in; inf where shapes differ."""
-    ours, theirs = list(_tensors(a)), list(_tensors(b))
+    ours, theirs = list(tensors(a)), list(tensors(b))
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         return float("inf")
     return max((_off(x, y) for x, y in zip(ours, theirs, strict=True)), default=0.0)
@@ -57,16 +57,16 @@ def _off(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors(output: Any) -> Iterator[Tensor]:
     """Every tensor of an output, in its order; caches, which hold what was read, are left out."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors(value)
     elif isinstance(output, Sequence) and not isinstance(output, str):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 def _seeded(run: Callable[[], Any]) -> Any:

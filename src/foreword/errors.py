@@ -84,6 +84,10 @@ class PrecisionWarning(UserWarning):
     """Something is trained in fewer bits than training needs; the message says what to load instead."""
 
 
+class InexactWarning(UserWarning):
+    """What was made stands for something only roughly; the message says why, and what would be exact."""
+
+
 def nearest(name: str, names: Iterable[str], *, n: int = 3, cutoff: float = 0.6) -> str:
     """The end of a message about a name that is none of these: those that are like it, or what there is."""
     from difflib import get_close_matches

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foreword._prompted import check_text
 from foreword.config import DEFAULT_TEXT, PrefixConfig
 from foreword.errors import ConfigError, UnsupportedModelError
 from foreword.orthogonal import check_room, orthogonalised
-from foreword.positions import Rotation
+from foreword.positions import Rotation, check_movable
 from foreword.sites import Call, Site, dry_run, input_device
 
 if TYPE_CHECKING:
@@ -34,17 +35,23 @@ def initial_states(
     chosen: Sequence[Site],
     rotations: Mapping[str, Rotation],
     example_inputs: Mapping[str, Any] | None = None,
+    everywhere: Sequence[Site] | None = None,
 ) -> States:
     """Keys ``(G, P, key_dim)`` and values ``(G, P, value_dim)`` of each site to start from, float32.
 
     With tasks, their starts stand one before the other: ``(T, G, P, dim)``. A text doesn't reach vision and audio
     towers, which start at random beside it.
 
+    Args:
+        rotations: of all of the model's sites.
+        everywhere: all of the model's sites, on which a text's keys and values are tried; None: those chosen.
+
     Raises:
+        MismatchError: a text's keys and values don't stand for it on this model.
         ConfigError: a text without a tokenizer, one that is shorter than ``length``, or one for towers alone.
     """
     if config.tasks:
-        return _of_tasks(config, model, tokenizer, chosen, rotations, example_inputs)
+        return _of_tasks(config, model, tokenizer, chosen, rotations, example_inputs, everywhere)
     assert not isinstance(config.init, Mapping)
     if config.init == "random":
         assert config.length is not None
@@ -66,9 +73,13 @@ def initial_states(
     if longest is not None:
         longest = max(config.site_lengths(chosen, longest).values())
     if text.startswith("words:"):
+        check_movable(model, read, rotations, by=1)
         states = word_states(model, tokenizer, text[6:].split(), read, longest, config.position_offset, rotations)
     else:
-        states = text_states(model, tokenizer, text, read, longest, config.position_offset, rotations, repeat=repeat)
+        ids = ids_of_text(model, tokenizer, text, longest, repeat=repeat)
+        whole = [s for s in everywhere or chosen if not s.tower]
+        check_text(model, whole, rotations, ids, config.position_offset)
+        states = text_states(model, ids, read, config.position_offset, rotations)
     made = next(iter(states.values()))[0].shape[1]
     lengths = config.site_lengths(chosen, config.length or made)
     if len(read) < len(chosen):
@@ -84,6 +95,7 @@ def _of_tasks(
     chosen: Sequence[Site],
     rotations: Mapping[str, Rotation],
     example_inputs: Mapping[str, Any] | None,
+    everywhere: Sequence[Site] | None,
 ) -> States:
     """Every task's start, ``(T, G, P, dim)``; the common tokens are the same numbers in all of them.
 
@@ -91,7 +103,7 @@ def _of_tasks(
     tokens have one too (``"*"``, or the general text), and stand before it as in ``Prefix.join``.
     """
     apart = config.common if isinstance(config.init, Mapping) or config.init == "orthogonal" else 0
-    rest = (model, tokenizer, chosen, rotations, example_inputs)
+    rest = (model, tokenizer, chosen, rotations, example_inputs, everywhere)
     if config.init == "orthogonal":
         assert config.length is not None
         own = _alone(config, "random", config.length - apart, lambda n: n - apart)
@@ -140,25 +152,20 @@ def _before(first: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([first.expand(len(rest), -1, -1, -1), rest], dim=-2)
 
 
-def text_states(
+def ids_of_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    chosen: Sequence[Site],
     length: int | None,
-    position_offset: int,
-    rotations: Mapping[str, Rotation],
     *,
     repeat: bool = False,
-) -> States:
-    """What the model computes for a text at each site, rotated so that it stands right before position_offset.
-
-    Encoder-decoder models read the text on both sides.
+) -> list[int]:
+    """The tokens that a prefix of a text is made of.
 
     Raises:
-        ConfigError: the text has no token, or fewer than ``length``.
+        ConfigError: the text has no token, or fewer than ``length`` and is not to be repeated.
     """
-    ids = tokenizer(text)["input_ids"]
+    ids: list[int] = tokenizer(text)["input_ids"]
     if model.config.is_encoder_decoder and ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     if not ids:
@@ -170,7 +177,21 @@ def text_states(
                 "repeat=True to repeat it, or length=None to take its own length"
             )
         ids = (ids * (length // len(ids) + 1))[:length]
-    states = _states_of(model, torch.tensor([ids]), chosen)
+    return ids
+
+
+def text_states(
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    chosen: Sequence[Site],
+    position_offset: int,
+    rotations: Mapping[str, Rotation],
+) -> States:
+    """What the model computes for a text at each site, rotated so that it stands right before position_offset.
+
+    Encoder-decoder models read the text on both sides.
+    """
+    states = states_of(model, torch.tensor([list(ids)]), chosen)
     return {n: (_moved(rotations, n, k[0], position_offset - len(ids)), v[0]) for n, (k, v) in states.items()}
 
 
@@ -192,7 +213,7 @@ def word_states(
         raise ConfigError(f"the words {' '.join(words)!r} have no token in this tokenizer")
     made: dict[str, tuple[list[Tensor], list[Tensor]]] = {s.name: ([], []) for s in chosen}
     total, target = 0, length if length is not None else sum(map(len, pieces))
-    each = [_states_of(model, torch.tensor([ids]), chosen) for ids in pieces if ids]
+    each = [states_of(model, torch.tensor([ids]), chosen) for ids in pieces if ids]
     while total < target:
         for states in each:
             for name, (keys, values) in states.items():
@@ -267,7 +288,7 @@ def _own_states(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None
     return seen
 
 
-def _states_of(model: PreTrainedModel, ids: Tensor, chosen: Sequence[Site]) -> States:
+def states_of(model: PreTrainedModel, ids: Tensor, chosen: Sequence[Site]) -> States:
     """Keys and values ``(1, G, P, dim)`` of each chosen site for token ids ``(1, P)``, float32 on the CPU."""
     wanted = {s.name: s for s in chosen}
     if shared := [s for s in chosen if s.calls > 1]:

@@ -1,9 +1,9 @@
 """Positions: exact rotation of keys, found in the model and proved on its own keys.
 
 A rotary model's keys carry their position: a key made at position p and wanted at p + k is ``R(k) key``. Which
-dimensions rotate, in which layout and at which frequencies differs between models, so we take the frequencies from
-the model's buffers, try the few layouts there are, and keep the one that turns keys made at one position into the
-keys that the model itself makes at another. What cannot be proved is refused.
+dimensions rotate, in which layout, which way and at which frequencies differs between models, so we take the
+frequencies from the model's buffers, try the few layouts there are, and keep the one that turns keys made at one
+position into the keys that the model itself makes at others, while values stay. What cannot be proved is refused.
 """
 
 from __future__ import annotations
@@ -11,18 +11,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foreword._proof import tensors
+from foreword._stacks import positioned_stacks
+from foreword._text_positions import placed
 from foreword.errors import ForewordError, MismatchError
 from foreword.sites import Call, Site, dry_run, text_inputs
+from foreword.sites import sites as find_sites
 
 Layout = Literal["half", "interleaved"]
 
-_SHIFT = 3  # positions between the two runs that a rotation is proved on
+_NEAR = (0, 1, 3, 17)  # where the rows start that a rotation is proved on
+_NEAREST = (0, 1, 3)
+_LENGTHS = {"original_max_seq_len", "max_seq_len_cached", "max_position_embeddings", "original_max_position_embeddings"}
+_BEYOND = 3  # positions past the length that frequencies may depend on
+# Rounding in the depths of a model: measured at up to 2e-6, 1e-3 and 8e-3 of the keys' size.
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,26 +75,77 @@ class Rotation:
         )
 
 
-def find_rotations(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Rotation]:
-    """The rotation of each site that has one; sites of models with learned or relative positions are left out.
+@dataclass(frozen=True, slots=True)
+class PositionFacts:
+    """What was proved of how a model uses positions.
 
-    Costs two forward passes over a few tokens.
+    Attributes:
+        rotations: of each site whose keys (and only they) turn with their position; sites of models with learned or
+            relative positions, and those where it can't be proved, are left out.
+        free: whether the output is the same wherever the text starts, so that only its distance to a prefix matters.
+        studied: whether the model could be asked at all.
     """
-    if not takes_positions(model):
-        return {}
-    candidates = _candidates(model)
+
+    rotations: dict[str, Rotation]
+    free: bool = False
+    studied: bool = False
+
+
+def study(model: PreTrainedModel, sites: Sequence[Site]) -> PositionFacts:
+    """What is true of a model's positions, proved on its own keys and values.
+
+    Costs two forward passes over a few tokens: a batch whose rows start at different positions, and one that reaches
+    beyond the length that frequencies may depend on.
+    """
+    stacks = positioned_stacks(model, sites)
+    if not stacks:
+        return PositionFacts({})
     try:
-        before, after = _keys_at(model, 0), _keys_at(model, _SHIFT)
-    except ForewordError:  # not a text model, or one that refuses positions by hand
-        return {}
+        near = _rows_at(model, stacks, _NEAR)
+    except ForewordError:
+        try:  # a table of positions that ends before
+            near = _rows_at(model, stacks, _NEAREST)
+        except ForewordError:  # not a text model, or one that refuses positions by hand
+            return PositionFacts({})
+    tolerance = rounding(model)
+    starts = near.starts
+    # Logits may have a large mean, beside which a position would be taken for rounding.
+    free = _alike(near.output - near.output.mean(-1, keepdim=True), tolerance)
+    candidates = _candidates(model) if free else []
+    if candidates and not _keeps_frequencies(model, stacks, near, tolerance):
+        candidates = []
     found = {}
     for site in sites:
-        if site.kind == "cross" or site.name not in before:
+        keys = near.keys.get(site.name)
+        if site.kind == "cross" or keys is None or not _alike(near.values[site.name], tolerance):
             continue
-        rotation = _prove(candidates, before[site.name], after[site.name])
+        rotation = _prove(candidates, keys, starts, tolerance)
         if rotation is not None:
             found[site.name] = rotation
-    return found
+    return PositionFacts(found, free, True)
+
+
+def find_rotations(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, Rotation]:
+    """The rotation of each site that has one (:func:`study`)."""
+    return study(model, sites).rotations
+
+
+def check_movable(model: PreTrainedModel, sites: Sequence[Site], rotations: Mapping[str, Rotation], by: int) -> None:
+    """Make sure that keys made at one place can stand ``by`` positions from there.
+
+    A model with learned positions has no such place, and its keys are taken as they are.
+
+    Raises:
+        MismatchError: keys turn with their position, and how could not be proved.
+    """
+    still = [s.name for s in sites if s.kind != "cross" and s.name not in rotations]
+    if by and still and (_candidates(model) or study(model, sites).free):
+        raise MismatchError(
+            f"how the keys of {still[0]} depend on their position could not be proved ({type(model).__name__} turns "
+            "them in a way of its own, or its frequencies depend on the text's length), so a text's keys can't be "
+            "moved. Use position_offset equal to the number of virtual tokens, so that they stay in place, or "
+            'init="random"'
+        )
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
@@ -93,8 +153,11 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def check_offset(model: PreTrainedModel, offset: int) -> None:
+def check_offset(model: PreTrainedModel, offset: int, sites: Sequence[Site] | None = None) -> None:
     """Make sure that text can start at ``offset``: positions given by hand must mean what they mean by default.
+
+    Args:
+        sites: those that a prefix stands at; None: all.
 
     Raises:
         MismatchError: the model takes no ``position_ids``, or counts its own positions differently.
@@ -102,69 +165,117 @@ def check_offset(model: PreTrainedModel, offset: int) -> None:
     if offset == 0:
         return
     name = type(model).__name__
-    if not takes_positions(model):
+    stacks = positioned_stacks(model, find_sites(model) if sites is None else sites)
+    if not stacks:
         raise MismatchError(
             f"position_offset={offset} needs a model that takes position_ids; {name} does not. Use position_offset=0"
         )
-    inputs = text_inputs(model)
-    positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
-    default, given = {}, {}
-    dry_run(model, lambda call, _: default.update({call.name: call.key.clone()}), inputs)
-    dry_run(
-        model,
-        lambda call, _: given.update({call.name: call.key.clone()}),
-        {**inputs, "position_ids": positions},
-    )
-    if any(not torch.equal(default[site], given[site]) for site in default):
+    default, given = _rows_at(model, stacks, None), _rows_at(model, stacks, (0,))
+    if any(not torch.equal(default.keys[site], given.keys[site]) for site in default.keys):
         raise MismatchError(
             f"{name} counts its positions in its own way (position_ids 0, 1, 2 … give other keys than none), so "
             f"position_offset={offset} would not mean what it says. Use position_offset=0"
         )
 
 
-def _keys_at(model: PreTrainedModel, start: int) -> dict[str, Tensor]:
-    inputs = text_inputs(model)
-    length = inputs["input_ids"].shape[1]
-    inputs["position_ids"] = torch.arange(start, start + length, device=inputs["input_ids"].device)[None]
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """One pass over the same tokens in each row, each row starting elsewhere; float64 on the CPU."""
+
+    starts: Sequence[int]
+    keys: dict[str, Tensor]  # by site (R, G, S, key_dim)
+    values: dict[str, Tensor]  # by site (R, G, S, value_dim)
+    output: Tensor  # (R, ...)
+
+
+def _rows_at(model: PreTrainedModel, stacks: Sequence[PreTrainedModel], starts: Sequence[int] | None) -> _Rows:
+    rows = len(starts) if starts is not None else 1
+    inputs = {n: t.expand(rows, *t.shape[1:]).contiguous() for n, t in text_inputs(model).items()}
     keys: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
 
     def observe(call: Call, _: str) -> None:
-        keys.setdefault(call.name, call.key[0].detach().to("cpu", torch.float64))
+        for found, states in ((keys, call.key), (values, call.value)):
+            found.setdefault(call.name, states.detach().to("cpu", torch.float64))
 
-    dry_run(model, observe, inputs)
-    return keys
+    with placed(stacks, starts):
+        output = dry_run(model, observe, inputs)
+    first = next(tensors(output))
+    return _Rows(starts or (0,), keys, values, first.detach().to("cpu", torch.float64))
+
+
+def _keeps_frequencies(
+    model: PreTrainedModel, stacks: Sequence[PreTrainedModel], near: _Rows, tolerance: float
+) -> bool:
+    """Whether a row at 0 has the keys that it has alone when another row of the batch is far away.
+
+    Dynamic NTK and longrope take other frequencies as soon as a text is longer than the model was trained for.
+    """
+    told = [n for module in model.modules() for n in _lengths_in(vars(module))]
+    told += _lengths_in(model.config.to_dict())
+    if not told:
+        return True
+    try:
+        far = _rows_at(model, stacks, (0, int(max(told)) + _BEYOND))
+    except ForewordError:  # a table that ends there: no text gets so far
+        return True
+    return all(near_enough(far.keys[n][0], keys[0], tolerance) for n, keys in near.keys.items())
+
+
+def _lengths_in(described: Mapping[str, Any]) -> list[float]:
+    """The lengths that a configuration or a module says it was made for."""
+    found = [v for k, v in described.items() if k in _LENGTHS and isinstance(v, int | float)]
+    return found + [n for v in described.values() if isinstance(v, Mapping) for n in _lengths_in(v)]
 
 
 def _candidates(model: PreTrainedModel) -> list[Tensor]:
-    """Every frequency table that the model keeps, each once."""
+    """Every frequency table that the model keeps, each once, and turning the other way."""
     tables: list[Tensor] = []
     for name, buffer in model.named_buffers():
         if name.rsplit(".", 1)[-1].endswith("inv_freq") and buffer.dim() == 1:
             table = buffer.detach().to("cpu", torch.float64)
             if not any(torch.equal(table, t) for t in tables):
                 tables.append(table)
-    return tables
+    return [*tables, *(-t for t in tables)]
 
 
-def _prove(candidates: Sequence[Tensor], before: Tensor, after: Tensor) -> Rotation | None:
-    """The candidate that turns ``before`` into ``after`` (both ``(G, S, key_dim)``), or None."""
-    size = float(before.abs().max())
-    if size == 0 or not before.isfinite().all():
+def rounding(model: PreTrainedModel) -> float:
+    """How far the same keys may be apart in a model's dtype, as a share of their size."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
+    return max((_TOLERANCES.get(d, 1e-4) for d in dtypes), default=1e-4)
+
+
+def near_enough(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether two tensors are the same but for rounding: by the mean square of their difference, and its largest."""
+    if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
+        return False
+    off, size = (a - b).abs(), b.abs()
+    mean = float(off.square().mean().sqrt()) <= tolerance * float(size.square().mean().sqrt())
+    return mean and float(off.max()) <= 8 * tolerance * float(size.max())
+
+
+def _alike(rows: Tensor, tolerance: float) -> bool:
+    """Whether all rows of a batch are the same but for rounding."""
+    return all(near_enough(row, rows[0], tolerance) for row in rows[1:])
+
+
+def _prove(candidates: Sequence[Tensor], keys: Tensor, starts: Sequence[int], tolerance: float) -> Rotation | None:
+    """The candidate that turns the keys ``(R, G, S, key_dim)`` of each start into those of each other, or None."""
+    if keys.shape[0] != len(starts) or not keys.isfinite().all() or float(keys.abs().max()) == 0:
         return None
-    # float32 keys agree to 1e-6; half-precision ones to about 1 %, and a wrong layout is off by half.
-    tolerance = 0.03 * size
-    still = float((after - before).abs().max())
-    best, error = (Rotation(torch.empty(0)), still) if still <= 1e-4 * size else (None, tolerance)
+    tried = [Rotation(torch.empty(0))]
     for inv_freq in candidates:
         width = 2 * len(inv_freq)
-        starts = {0, before.shape[-1] - width} if width <= before.shape[-1] else set()
-        for start in sorted(starts):
-            for layout in ("half", "interleaved"):
-                rotation = Rotation(inv_freq, layout, start)
-                off = float((rotation(before, _SHIFT) - after).abs().max())
-                if off < error:
-                    best, error = rotation, off
-    return best
+        places = {0, keys.shape[-1] - width} if width <= keys.shape[-1] else set()
+        layouts: tuple[Layout, ...] = ("half", "interleaved")
+        tried += [Rotation(inv_freq, layout, start) for start in sorted(places) for layout in layouts]
+
+    def turns(rotation: Rotation, i: int, j: int) -> bool:
+        return near_enough(rotation(keys[i], starts[j] - starts[i]), keys[j], tolerance)
+
+    pairs = [(i, j) for i in range(len(starts)) for j in range(len(starts)) if i != j]
+    proved = [r for r in tried if all(turns(r, i, j) for i, j in pairs)]
+    return min(proved, key=lambda r: float((r(keys[0], starts[-1] - starts[0]) - keys[-1]).abs().max()), default=None)
 
 
 def group_rotations(rotations: Mapping[str, Rotation]) -> tuple[list[Rotation], dict[str, int]]:

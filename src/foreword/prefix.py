@@ -6,6 +6,7 @@ model. It knows nothing of training; ``foreword.attach`` puts one onto a model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foreword.errors import ConfigError, MismatchError
+from foreword.errors import ConfigError, InexactWarning, MismatchError
 from foreword.fingerprint import Fingerprint, shape_differences
 from foreword.memory import Recall
 from foreword.positions import Rotation, find_rotations
@@ -118,15 +119,19 @@ class Prefix:
         """The keys and values that a model computes for a text: an untrained prefix, or a cached system prompt.
 
         Rotary models then answer as if prompted with the text; models with learned positions do so with
-        ``position_offset`` set to the prefix's length.
+        ``position_offset`` set to the prefix's length. This is tried on a few tokens of the model at hand. An
+        ``InexactWarning`` says where it holds for no text: in models that read in both directions, and in those with
+        learned positions and another offset.
 
         Args:
             length: keep the first tokens of the text only; None: all of it.
 
         Raises:
             ConfigError: the text has no token, or fewer than ``length``.
+            MismatchError: the model would answer otherwise than if prompted.
         """
-        from foreword.initializers import text_states
+        from foreword._prompted import check_text
+        from foreword.initializers import ids_of_text, text_states
         from foreword.tuning import require_detached, tuning_of
 
         if tuning_of(model) is not None:  # a Library may stay: the text is read without its prefixes
@@ -134,7 +139,10 @@ class Prefix:
         found = find_sites(model)
         chosen = [s for s in found if not s.tower]
         rotations = find_rotations(model, chosen)
-        states = text_states(model, tokenizer, text, chosen, length, position_offset, rotations)
+        ids = ids_of_text(model, tokenizer, text, length)
+        if inexact := check_text(model, chosen, rotations, ids, position_offset):
+            warnings.warn(f"a prefix of this text only resembles it: {inexact}", InexactWarning, stacklevel=2)
+        states = text_states(model, ids, chosen, position_offset, rotations)
         return cls(
             {n: k for n, (k, _) in states.items()},
             {n: v for n, (_, v) in states.items()},
@@ -335,8 +343,9 @@ class Prefix:
         still = [s.name for s in self.sites if s.kind != "cross" and s.name not in self.rotations]
         if still:
             raise MismatchError(
-                f"the keys of {still[0]} can't be rotated: the model has learned or relative positions (or none that "
-                "could be proved). Train or make the prefix with position_offset set instead"
+                f"the keys of {still[0]} can't be rotated: the model has learned or relative positions, or a rotation "
+                "that could not be proved (values or norms turn as well, or frequencies depend on the text's length). "
+                "Train or make the prefix with position_offset set instead"
             )
         if self.memory and self.recall.queries == "rotated":
             raise MismatchError('a memory of rotated queries can\'t be shifted; train it with queries="plain"')

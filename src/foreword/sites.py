@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foreword._interface import SLOT, Delegate, Slot, unrouted
+from foreword._interface import Delegate, Slot, only_slots, unrouted
 from foreword._offloaded import device_of
 from foreword._proof import check_route
 from foreword.errors import ConfigError, ForewordError, UnsupportedModelError
@@ -156,17 +156,8 @@ def _run(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None) -> An
 @contextmanager
 def recording(model: PreTrainedModel, observe: Callable[[Call, str], None]) -> Iterator[None]:
     """Inside the block, every attention call of the model is shown to ``observe`` and runs without prefixes."""
-    previous = {}
-    try:
-        for name, module in model.named_modules():
-            previous[module] = module.__dict__.get(SLOT)
-            module.__dict__[SLOT] = _Recorder(name, observe)
+    with only_slots(model, lambda name: _Recorder(name, observe)):
         yield
-    finally:
-        for module, slot in previous.items():
-            module.__dict__.pop(SLOT, None)
-            if slot is not None:
-                module.__dict__[SLOT] = slot
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ from foreword.errors import AttachError, ConfigError
 from foreword.fingerprint import Fingerprint
 from foreword.memory import Recall, SiteMemory
 from foreword.methods import LEARNING_RATES, Config, PromptConfig, usual_learning_rate
-from foreword.positions import Rotation, find_rotations
+from foreword.positions import PositionFacts, Rotation
 from foreword.prefix import Prefix
 from foreword.sites import Site
 from foreword.visibility import Visibility
@@ -97,6 +96,7 @@ class Tuning:
         self.fingerprint = fingerprint
         self.sites: list[Site] = []
         self.position_offset = 0
+        self.positions = PositionFacts({})
         self.visible = Visibility()
         self.recall = Recall()
         self.config: PrefixConfig | PromptConfig | None = None
@@ -164,10 +164,10 @@ class Tuning:
         """Condition vectors ``(R, C)`` or numbers of tasks ``(R,)``, checked."""
         return self._passes.given.read(self.encoder, self.tasks, condition, task)
 
-    @cached_property
+    @property
     def rotations(self) -> dict[str, Rotation]:
         """How the keys of each site depend on their position; empty for models that aren't rotary."""
-        return find_rotations(self.model, self.sites) if self.sites else {}
+        return self.positions.rotations
 
     # ---------------------------------------------------------------- what is trained
 

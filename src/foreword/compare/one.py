@@ -32,6 +32,7 @@ from foreword.evaluate.predict import predict
 from foreword.evaluate.run import finite
 from foreword.losses import example_losses, supervised_tokens
 from foreword.prefix import Prefix
+from foreword.train._teacher import text_teacher
 from foreword.tuning import attach
 
 RESULT, PREDICTIONS, PREFIX = "result.json", "predictions.jsonl", "prefix"
@@ -62,7 +63,7 @@ def execute(settings: Settings, task: TaskData, run: Run, work: Path, tell: Tell
     if run.row is not None:
         prefix = _trained(settings, task, run, model, tokenizer, work, tell, result, measured, before)
     elif run.kind == "prompted":
-        prefix = Prefix.from_text(model, tokenizer, task.init)
+        prefix = text_teacher(model, tokenizer, task.init)
         result["virtual_tokens"] = prefix.length(next(iter(prefix.keys)))
     if run.kind != "rate" and result["outcome"] == "complete":
         if run.row is None:

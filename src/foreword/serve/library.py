@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,10 +15,12 @@ from foreword import _interface
 from foreword._memo import watch_passes
 from foreword._offloaded import device_of
 from foreword._queries import Queries
+from foreword._text_positions import TextPositions
 from foreword._views import SitePrefix
 from foreword.conditional import part_of
 from foreword.errors import AttachError, ConfigError, MismatchError
 from foreword.generation import write_on
+from foreword.positions import study
 from foreword.prefix import Prefix
 from foreword.serve._mixing import Choice, view_of
 from foreword.serve.budget import Budget
@@ -60,7 +63,10 @@ class Library:
         self.holdings = Holdings(budget or Budget(), device_of(model), model.dtype, self.sites)
         self._queries: Queries | None = None
         self._choice: ContextVar[Choice | None] = ContextVar("foreword_choice", default=None)
+        self.positions = study(model, self.sites)
+        self._text = TextPositions(model, self.sites, offset=0, counted=self.positions.free)
         self._handles = watch_passes(model)
+        self._text.install()
         for site in self.sites:
             model.get_submodule(site.name).__dict__[_interface.SLOT] = SiteSlot(site.name, self)
 
@@ -131,6 +137,8 @@ class Library:
             )
         prefix.check_fits(self.model, self.sites, force=force)
         if prefix.position_offset:
+            if self.positions.studied:  # on this model, whatever the file says
+                prefix = replace(prefix, rotations=self.positions.rotations)
             try:
                 prefix = prefix.shift(-prefix.position_offset)
             except MismatchError as exc:
@@ -258,6 +266,7 @@ class Library:
                 raise AttachError("this library is not on its model (any more); nothing to detach")
         for handle in self._handles:
             handle.remove()
+        self._text.remove()
         if self._queries is not None:
             self._queries.remove()
         self.holdings.close()

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foreword._queries import boundary
+from foreword._stacks import positioned_stacks
 from foreword.data import Collator, EncodedDataset
 from foreword.errors import ConfigError, DataError
 from foreword.positions import find_rotations
@@ -73,8 +74,8 @@ def text_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
 def text_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Prefix:
     """The text as a prefix that answers like the model prompted with it, also where positions are learned."""
     found = [s for s in find_sites(model) if not s.tower]
-    rotary = find_rotations(model, found).keys() >= {s.name for s in found}
-    offset = 0 if rotary else len(tokenizer(text, verbose=False)["input_ids"])
+    fixed = not find_rotations(model, found).keys() >= {s.name for s in found} and positioned_stacks(model, found)
+    offset = len(tokenizer(text, verbose=False)["input_ids"]) if fixed else 0
     return Prefix.from_text(model, tokenizer, text, position_offset=offset)
 
 
