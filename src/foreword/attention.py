@@ -286,7 +286,7 @@ def _path(
 
 
 # Arguments that only the delegate knows how to honour.
-_CARRIED = frozenset(("softcap", "s_aux", "position_bias", "cache"))
+_CARRIED = frozenset(("softcap", "s_aux", "sinks", "position_bias", "cache"))
 
 
 def _carries(kwargs: dict[str, Any]) -> bool:

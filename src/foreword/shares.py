@@ -148,6 +148,8 @@ def text_scores(
     total = text.logsumexp(-1)
     if (sinks := kwargs.get("s_aux")) is not None:
         total = torch.logaddexp(total, sinks.float().view(1, -1, 1).expand_as(total))
+    if (sinks := kwargs.get("sinks")) is not None:  # per query: (B, H, S, 1)
+        total = torch.logaddexp(total, sinks.float().squeeze(-1).expand_as(total))
     return text, total
 
 
