@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from foreword import conditional, methods
+from foreword._lora import LoRA
 from foreword.config import PrefixConfig
 from foreword.encoders import Direct, Frozen, PrefixEncoder, States, make_encoder
 from foreword.errors import ConfigError
@@ -23,7 +24,7 @@ from foreword.sites import Site, select
 from foreword.sites import sites as find_sites
 from foreword.tuning import Tuning
 from foreword.visibility import Visibility, parse
-from foreword.weights import Adapters, LoRA, WeightPart, all_parameters, bias_parameters, head_parameters
+from foreword.weights import Adapters, WeightPart, all_parameters, bias_parameters, head_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from foreword._interface import SLOT, Delegate, install, uninstall
 from foreword._offloaded import device_of
+from foreword._wrapped import unwrapped
 from foreword.errors import ConfigError, ForewordError, UnsupportedModelError
 
 Kind = Literal["self", "cross", "encoder"]
@@ -88,6 +89,7 @@ def sites(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None = Non
         UnsupportedModelError: the model computes attention in its own code, or makes no attention call.
         ConfigError: the model needs example inputs.
     """
+    model = unwrapped(model)
     found: dict[str, Site] = {}
     delegates = {}
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foreword._begun import write_whole
+from foreword._wrapped import unwrapped
 from foreword.cacheable import check_all_layers, check_cacheable, for_cache, layer_number
 from foreword.errors import MismatchError, PrefixFileError
 from foreword.hub import located
@@ -48,6 +49,7 @@ def read_peft(folder: str | Path, model: PreTrainedModel, *, keep_positions: boo
         PrefixFileError: files are missing, damaged, or of another method.
         MismatchError: it is for another model.
     """
+    model = unwrapped(model)
     folder = located(folder, (CONFIG, WEIGHTS))
     config = _config(folder)
     rows = _embeddings(folder, config)

@@ -14,6 +14,7 @@ from foreword import _interface
 from foreword._offloaded import device_of
 from foreword._queries import Queries
 from foreword._views import SitePrefix
+from foreword._wrapped import unwrapped
 from foreword.conditional import part_of
 from foreword.errors import AttachError, ConfigError, MismatchError
 from foreword.generation import write_on
@@ -53,6 +54,7 @@ class Library:
         budget: Budget | None = None,
         example_inputs: Mapping[str, Any] | None = None,
     ) -> None:
+        model = unwrapped(model)
         require_detached(model)
         self.model = model
         self.sites: list[Site] = find_sites(model, example_inputs)
