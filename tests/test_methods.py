@@ -365,3 +365,53 @@ def test_what_a_method_adds_to_a_narrow_base_is_trained_in_float32(method):
 def test_training_a_narrow_bases_own_numbers_is_warned_about(method):
     with pytest.warns(fw.PrecisionWarning, match=f"{method} trains the base's own bfloat16 numbers.*float32"):
         fw.attach(zoo.build("llama").to(torch.bfloat16), METHODS[method])
+
+
+def _experts(name):
+    size = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "pad_token_id": 0,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16}  # fmt: skip
+    mla = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    shared = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 0}
+    configs = {
+        "DeepseekV3": {**mla, **shared, "num_key_value_heads": 4},
+        "Glm4Moe": {**shared, "head_dim": 8},
+        "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 16},
+        "Mixtral": {"num_local_experts": 4},
+    }
+    import transformers as tf
+
+    config = getattr(tf, f"{name}Config")(**{**size, **configs[name]})
+    return getattr(tf, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("style", ["houlsby", "pfeiffer"])
+@pytest.mark.parametrize("name", ["DeepseekV3", "Glm4Moe", "Qwen2Moe", "Mixtral"])
+def test_a_shared_expert_is_not_the_feed_forward(name, style):
+    model = _experts(name)
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(fw.ConfigError, match="shared expert"):
+        fw.attach(model, fw.AdapterConfig(style=style))
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+
+
+def test_a_gate_on_attention_is_not_its_end():
+    import transformers as tf
+
+    size = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "pad_token_id": 0}
+    config = tf.BeamConfig(**size, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4,
+                           num_experts_per_tok=2, moe_intermediate_size=16)  # fmt: skip
+    assert sublayer_outputs(tf.BeamForCausalLM(config).eval(), True)[0] == "model.layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize("beside", ["lora", "own"])
+def test_adapters_go_after_a_layer_with_its_lora(beside):
+    """Not after the low-rank change alone, which is a linear layer as well."""
+    lora = fw.LoRAConfig(rank=2, targets="all-linear")
+    model = zoo.build("llama")
+    plain = sublayer_outputs(model, True)
+    if beside == "own":
+        import peft
+
+        model.add_adapter(peft.LoraConfig(r=2, target_modules="all-linear"))
+    tuning = fw.attach(model, [lora, fw.AdapterConfig(width=4)] if beside == "lora" else fw.AdapterConfig(width=4))
+    assert [n.removesuffix(".down.weight") for n in tuning.holder.weights["adapter"].names[::4]] == plain

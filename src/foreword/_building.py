@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from foreword.memory import Memory, Recall
 from foreword.positions import check_offset, find_rotations
 from foreword.prefix import Prefix
 from foreword.quantized import keep_backward
-from foreword.sites import Site, select
+from foreword.sites import Site, select, unreached_encoder
 from foreword.sites import sites as find_sites
 from foreword.tuning import Tuning
 from foreword.visibility import Visibility, parse
@@ -183,6 +184,9 @@ def _stand_at_sites(
     kinds = (PrefixConfig, methods.MemoryConfig, *(() if reads_into_decoder(model) else (methods.PromptConfig,)))
     at_sites = [c for c in configs if isinstance(c, kinds)]
     found: list[Site] = find_sites(model, example_inputs) if at_sites else []
+    if at_sites and (unreached := unreached_encoder(model, found)):
+        _say_unreached(model, unreached, at_sites)
+        tuning.metadata["unreached"] = unreached
     chosen: dict[str, Site] = {}
     for prefix in prefixes:
         chosen.update({s.name: s for s in prefix.sites if prefix.length(s.name) or s.name in prefix.memory})
@@ -201,6 +205,22 @@ def _stand_at_sites(
     for config in at_sites:
         if not isinstance(config, methods.MemoryConfig):
             _new_prefix(tuning, config, wanted[id(config)], tokenizer, example_inputs)
+
+
+def _say_unreached(model: PreTrainedModel, encoder: str, configs: Sequence[Config]) -> None:
+    """Warn that nothing stands in the encoder; raise ConfigError if it was to stand nowhere else."""
+    why = f"{type(model).__name__} computes the attention of its encoder ({encoder}) in its own code"
+    for config in configs:
+        if tuple(getattr(config, "kinds", ())) == ("encoder",):
+            raise ConfigError(
+                f"kinds=('encoder',), but {why}, where nothing can be placed before keys and values; "
+                "use kinds=('self', 'cross')"
+            )
+    warnings.warn(
+        f"{why}, so nothing stands there: only the decoder's attention has what is attached (kinds 'self' and 'cross')",
+        UserWarning,
+        stacklevel=5,
+    )
 
 
 def _sites_of(config: Any, found: Sequence[Site]) -> list[Site]:

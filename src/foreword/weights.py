@@ -6,6 +6,7 @@ saved in the same file as a prefix.
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from foreword._offloaded import device_of, refuse_placeholders
 from foreword._sublayers import layer_of, linear_layers, sublayer_outputs, width
@@ -225,13 +226,31 @@ def head_parameters(model: PreTrainedModel, kind: str) -> OwnParameters:
     task = HEADS[kind]
     mapping = "MODEL_FOR_" + re.sub(r"(?<!^)(?=[A-Z])", "_", task).upper() + "_MAPPING_NAMES"
     known = {n for e in getattr(modeling_auto, mapping).values() for n in ([e] if isinstance(e, str) else e)}
-    backbone = f"{model.base_model_prefix}."
-    chosen = {n: p for n, p in model.named_parameters() if not n.startswith(backbone)}
+    own = _outside_the_backbone(model) if type(model).__name__ in known else set()
+    chosen = {n: p for n, p in model.named_parameters() if n in own}
     if type(model).__name__ not in known or not chosen:
         raise ConfigError(
             f"head={kind!r}, but {type(model).__name__} has no such head; load the model with AutoModelFor{task}, or "
             "leave head out"
         )
-    chosen |= {n: p for n, p in model.named_parameters() if n.startswith(f"{backbone}pooler")}
+    pooler = f"{model.base_model_prefix}.pooler"
+    chosen |= {n: p for n, p in model.named_parameters() if n.startswith(pooler)}
     refuse_placeholders(model, chosen, f"head={kind!r}")
     return OwnParameters("head", chosen)
+
+
+def _outside_the_backbone(model: PreTrainedModel) -> set[str]:
+    """The names of the parameters that stand after the backbone.
+
+    Some models have no module for the backbone and hold its parts themselves (T5 for question answering): there, the
+    backbone's own class says which parts are its.
+    """
+    names = {n for n, _ in model.named_parameters() if not n.startswith("foreword.")}
+    if hasattr(model, model.base_model_prefix):
+        return {n for n in names if not n.startswith(f"{model.base_model_prefix}.")}
+    try:
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(copy.deepcopy(model.config))
+    except ValueError:
+        return set()
+    return names - {n for n, _ in backbone.named_parameters()}
