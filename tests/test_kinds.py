@@ -23,7 +23,8 @@ DECODER = {
 PREFIX = fw.PrefixConfig(length=3, init="random")
 D_MODEL = {
     "vocab_size": zoo.VOCAB, "d_model": 32, "pad_token_id": 0, "max_position_embeddings": 64,
-    **{f"{part}_{n}": v for part in ("encoder", "decoder") for n, v in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 40))},
+    **{f"{part}_{n}": v for part in ("encoder", "decoder")
+       for n, v in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 40))},
 }  # fmt: skip
 
 

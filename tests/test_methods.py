@@ -369,7 +369,8 @@ def test_training_a_narrow_bases_own_numbers_is_warned_about(method):
 
 def _experts(name):
     size = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "pad_token_id": 0,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16}  # fmt: skip
+            "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16}  # fmt: skip
     mla = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
     shared = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 0}
     configs = {
