@@ -416,3 +416,33 @@ def test_adapters_go_after_a_layer_with_its_lora(beside):
         model.add_adapter(peft.LoraConfig(r=2, target_modules="all-linear"))
     tuning = fw.attach(model, [lora, fw.AdapterConfig(width=4)] if beside == "lora" else fw.AdapterConfig(width=4))
     assert [n.removesuffix(".down.weight") for n in tuning.holder.weights["adapter"].names[::4]] == plain
+
+
+def test_the_same_numbers_are_not_trained_twice():
+    model = zoo.build("llama")
+    with pytest.raises(fw.ConfigError, match="one of the two"):
+        fw.attach(model, [fw.BitFitConfig(missing="add"), fw.FullConfig()])
+    assert not hasattr(model, "foreword") and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [fw.BitFitConfig(), fw.FullConfig()])
+def test_a_head_trains_its_own_numbers_beside_another_method(method, tmp_path):
+    import transformers as tf
+
+    torch.manual_seed(0)
+    model = tf.BertForSequenceClassification(tf.BertConfig(**zoo._ENC)).eval()
+    plain, x = zoo.logits(model, input_ids=zoo.ids()), zoo.ids()
+    head = fw.PrefixConfig(length=3, init="random", head="sequence")
+    tuning = fw.attach(model, [head, method])
+    torch.optim.AdamW(tuning.parameter_groups())  # which refuses a parameter in two groups
+    names = [tuning.holder.weights[n].names for n in ("head", method.method)]
+    assert "classifier.bias" in names[0] and not set(names[0]) & set(names[1])
+    with torch.no_grad():
+        for parameter in tuning.parameters():
+            parameter.add_(0.1)
+    want = zoo.logits(model, input_ids=x)
+    tuning.save(tmp_path)
+    tuning.detach()
+    assert torch.equal(zoo.logits(model, input_ids=x), plain)
+    fw.attach(model, fw.Prefix.load(tmp_path))
+    torch.testing.assert_close(zoo.logits(model, input_ids=x), want)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -25,7 +25,7 @@ from foreword.sites import Site, select, unreached_encoder
 from foreword.sites import sites as find_sites
 from foreword.tuning import Tuning
 from foreword.visibility import Visibility, parse
-from foreword.weights import Adapters, WeightPart, all_parameters, bias_parameters, head_parameters
+from foreword.weights import Adapters, WeightPart, all_parameters, bias_parameters, head_names, head_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,15 +54,16 @@ def build(
     prefixes = [i for i in items if isinstance(i, Prefix)]
     configs = sorted((i for i in items if not isinstance(i, Prefix)), key=lambda c: _ORDER.index(type(c)))
     tuning.configs = list(configs)
+    taken = _taken_by_heads(model, items)
     try:
         for prefix in prefixes:
             _check_prefix(model, prefix, example_inputs, force)
         # The layers first: a text's keys and values are those of the model as it will stand.
         for prefix in prefixes:
-            _load_weights(tuning, prefix, example_inputs, trainable)
+            _load_weights(tuning, prefix, example_inputs, trainable, taken)
         for config in configs:
             if isinstance(config, _WEIGHTS):
-                _put_on(tuning, weight_part(model, config, example_inputs), config.to_json())
+                _put_on(tuning, weight_part(model, config, example_inputs, taken), config.to_json())
             elif isinstance(config, methods.PromptConfig) and reads_into_decoder(model):
                 tuning.config = config
                 _put_on(tuning, *input_prompt(config, model, tokenizer))
@@ -76,15 +77,17 @@ def build(
     return tuning
 
 
-def weight_part(model: PreTrainedModel, config: Any, example_inputs: Mapping[str, Any] | None) -> WeightPart:
-    """The part that a configuration asks for, not yet on the model."""
+def weight_part(
+    model: PreTrainedModel, config: Any, example_inputs: Mapping[str, Any] | None, taken: Collection[str] = ()
+) -> WeightPart:
+    """The part that a configuration asks for, not yet on the model; without what a head beside it trains."""
     if isinstance(config, methods.LoRAConfig):
         return LoRA(config)
     if isinstance(config, methods.AdapterConfig):
         return Adapters(config, example_inputs)
     if isinstance(config, methods.BitFitConfig):
-        return bias_parameters(model, config)
-    return all_parameters(model, config)
+        return bias_parameters(model, config, taken)
+    return all_parameters(model, config, taken)
 
 
 def _check_items(items: Sequence[Any]) -> None:
@@ -97,6 +100,11 @@ def _check_items(items: Sequence[Any]) -> None:
                 "their like as well, or a list of them)"
             )
     kinds = [_kinds(i) for i in items]
+    if {"bitfit", "full"} <= set().union(*kinds):
+        raise ConfigError(
+            "BitFit trains the biases and full fine-tuning trains them too; give attach one of the two (what full "
+            "fine-tuning trains can be chosen: parameters=...)"
+        )
     for n, own in enumerate(kinds):
         for other in kinds[n + 1 :]:
             if both := own & other:
@@ -146,18 +154,36 @@ def _put_on(tuning: Tuning, part: WeightPart, record: dict[str, Any], trainable:
         value.requires_grad_(trainable)
 
 
-def _load_weights(tuning: Tuning, prefix: Prefix, example_inputs: Mapping[str, Any] | None, trainable: bool) -> None:
+def _taken_by_heads(model: PreTrainedModel, items: Sequence[Config | Prefix]) -> set[str]:
+    """The parameters of the head that is given or asked for: it trains them, at its own rate, and no one else."""
+    kinds = [getattr(i, "head", None) for i in items if not isinstance(i, Prefix)]
+    kinds += [str(p["kind"]) for i in items if isinstance(i, Prefix) for p in i.parts if p["method"] == "head"]
+    return {n for kind in kinds if kind is not None for n in head_names(model, kind)}
+
+
+def _load_weights(
+    tuning: Tuning,
+    prefix: Prefix,
+    example_inputs: Mapping[str, Any] | None,
+    trainable: bool,
+    taken: Collection[str],
+) -> None:
     for record in prefix.parts:
         method = str(record["method"])
         if method == conditional.METHOD:  # not on the layers: it makes the keys and values
             continue
-        part = _part_of(tuning.model, record, example_inputs)
+        part = _part_of(tuning.model, record, example_inputs, taken)
         _put_on(tuning, part, dict(record), trainable)
         start = f"{method}/"
         part.load({n.removeprefix(start): t for n, t in prefix.weights.items() if n.startswith(start)})
 
 
-def _part_of(model: PreTrainedModel, record: Mapping[str, Any], example_inputs: Mapping[str, Any] | None) -> WeightPart:
+def _part_of(
+    model: PreTrainedModel,
+    record: Mapping[str, Any],
+    example_inputs: Mapping[str, Any] | None,
+    taken: Collection[str] = (),
+) -> WeightPart:
     if record["method"] == "head":
         return head_parameters(model, str(record["kind"]))
     if record["method"] == "prompt":
@@ -166,7 +192,7 @@ def _part_of(model: PreTrainedModel, record: Mapping[str, Any], example_inputs: 
     if record["method"] not in known:
         raise ConfigError(f"the prefix has a part {record['method']!r}, which this version of foreword doesn't know")
     fields = {k: v for k, v in record.items() if k != "method"}
-    return weight_part(model, known[str(record["method"])](**fields), example_inputs)
+    return weight_part(model, known[str(record["method"])](**fields), example_inputs, taken)
 
 
 # ------------------------------------------------------------------------------------------ at the attention

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -167,8 +167,8 @@ class Adapters(WeightPart):
 # ------------------------------------------------------------------------------------------ which of its own parameters
 
 
-def bias_parameters(model: PreTrainedModel, config: BitFitConfig) -> OwnParameters:
-    """The part that trains biases.
+def bias_parameters(model: PreTrainedModel, config: BitFitConfig, taken: Collection[str] = ()) -> OwnParameters:
+    """The part that trains biases, but for those of these names, which another part trains.
 
     Raises:
         ConfigError: the model has none.
@@ -184,7 +184,7 @@ def bias_parameters(model: PreTrainedModel, config: BitFitConfig) -> OwnParamete
         for module in bare.values():
             module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
             added.append(module)
-    chosen = {n: p for n, p in model.named_parameters() if n.rsplit(".", 1)[-1] == "bias"}
+    chosen = {n: p for n, p in model.named_parameters() if n.rsplit(".", 1)[-1] == "bias" and n not in taken}
     refuse_placeholders(model, chosen, "BitFit")
     if not chosen:
         raise ConfigError(
@@ -194,8 +194,8 @@ def bias_parameters(model: PreTrainedModel, config: BitFitConfig) -> OwnParamete
     return OwnParameters("bitfit", chosen, added)
 
 
-def all_parameters(model: PreTrainedModel, config: FullConfig) -> OwnParameters:
-    """The part that trains the model itself.
+def all_parameters(model: PreTrainedModel, config: FullConfig, taken: Collection[str] = ()) -> OwnParameters:
+    """The part that trains the model itself, but for what another part trains.
 
     Raises:
         ConfigError: no parameter matches.
@@ -204,7 +204,8 @@ def all_parameters(model: PreTrainedModel, config: FullConfig) -> OwnParameters:
         pattern = re.compile(config.parameters or ".*")
     except re.error as exc:
         raise ConfigError(f"parameters={config.parameters!r} is not a regular expression: {exc}") from None
-    chosen = {n: p for n, p in model.named_parameters() if pattern.fullmatch(n) and p.is_floating_point()}
+    fitting = {n: p for n, p in model.named_parameters() if pattern.fullmatch(n) and p.is_floating_point()}
+    chosen = {n: p for n, p in fitting.items() if n not in taken}
     refuse_placeholders(model, chosen, "full fine-tuning")
     if not chosen:
         first = next(n for n, _ in model.named_parameters())
@@ -221,6 +222,17 @@ def head_parameters(model: PreTrainedModel, kind: str) -> OwnParameters:
     Raises:
         ConfigError: the model has no head of this kind.
     """
+    chosen = _head(model, kind)
+    refuse_placeholders(model, chosen, f"head={kind!r}")
+    return OwnParameters("head", chosen)
+
+
+def head_names(model: PreTrainedModel, kind: str) -> set[str]:
+    """The names of what :func:`head_parameters` trains, by the same rules."""
+    return set(_head(model, kind))
+
+
+def _head(model: PreTrainedModel, kind: str) -> dict[str, nn.Parameter]:
     from transformers.models.auto import modeling_auto
 
     task = HEADS[kind]
@@ -234,9 +246,7 @@ def head_parameters(model: PreTrainedModel, kind: str) -> OwnParameters:
             "leave head out"
         )
     pooler = f"{model.base_model_prefix}.pooler"
-    chosen |= {n: p for n, p in model.named_parameters() if n.startswith(pooler)}
-    refuse_placeholders(model, chosen, f"head={kind!r}")
-    return OwnParameters("head", chosen)
+    return chosen | {n: p for n, p in model.named_parameters() if n.startswith(pooler)}
 
 
 def _outside_the_backbone(model: PreTrainedModel) -> set[str]:
