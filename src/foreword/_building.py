@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from foreword import conditional, methods
 from foreword._lora import LoRA
+from foreword._renamed import fitted
 from foreword.config import PrefixConfig
 from foreword.encoders import Direct, Frozen, PrefixEncoder, States, make_encoder
 from foreword.errors import ConfigError
@@ -56,8 +57,7 @@ def build(
     tuning.configs = list(configs)
     taken = _taken_by_heads(model, items)
     try:
-        for prefix in prefixes:
-            _check_prefix(model, prefix, example_inputs, force)
+        prefixes = [_checked(model, p, example_inputs, force) for p in prefixes]
         # The layers first: a text's keys and values are those of the model as it will stand.
         for prefix in prefixes:
             _load_weights(tuning, prefix, example_inputs, trainable, taken)
@@ -124,12 +124,13 @@ def _kinds(item: Any) -> set[str]:
     return {item.method}
 
 
-def _check_prefix(
-    model: PreTrainedModel, prefix: Prefix, example_inputs: Mapping[str, Any] | None, force: bool
-) -> None:
+def _checked(model: PreTrainedModel, prefix: Prefix, example_inputs: Mapping[str, Any] | None, force: bool) -> Prefix:
+    """The prefix under the model's names. Raises MismatchError if it isn't the model's."""
     found = _known_sites(model, prefix, example_inputs) if prefix.sites else []
+    prefix = fitted(prefix, model, found)
     prefix.check_fits(model, found, force=force)
     check_offset(model, prefix.position_offset)
+    return prefix
 
 
 def _known_sites(model: PreTrainedModel, prefix: Prefix, example_inputs: Mapping[str, Any] | None) -> list[Site]:

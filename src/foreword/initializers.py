@@ -170,8 +170,22 @@ def text_states(
                 "repeat=True to repeat it, or length=None to take its own length"
             )
         ids = (ids * (length // len(ids) + 1))[:length]
-    states = _states_of(model, torch.tensor([ids]), chosen)
+    states = _read(model, ids, chosen)
     return {n: (_moved(rotations, n, k[0], position_offset - len(ids)), v[0]) for n, (k, v) in states.items()}
+
+
+def _read(model: PreTrainedModel, ids: Sequence[int], chosen: Sequence[Site]) -> States:
+    """Raise ConfigError for a text that is longer than the model reads."""
+    try:
+        return _states_of(model, torch.tensor([list(ids)]), chosen)
+    except UnsupportedModelError as exc:
+        most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if most is None or len(ids) <= most:
+            raise
+        raise ConfigError(
+            f"the text that the prefix starts from has {len(ids)} tokens, and {type(model).__name__} has {most} "
+            f'positions; take a length of at most {most}, or start without a text (init="random")'
+        ) from exc
 
 
 def word_states(

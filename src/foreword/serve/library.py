@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from foreword import _interface
 from foreword._offloaded import device_of
 from foreword._queries import Queries
+from foreword._renamed import fitted as under_the_models_names
 from foreword._views import SitePrefix
 from foreword._wrapped import unwrapped
 from foreword.conditional import part_of
@@ -130,6 +131,7 @@ class Library:
                 f"task {name!r} brings {prefix.parts[0]['method']}, which changes the model for all rows; a library "
                 "holds prefixes and memories. Attach it to the model instead: fw.attach(model, prefix)"
             )
+        prefix = under_the_models_names(prefix, self.model, self.sites)
         prefix.check_fits(self.model, self.sites, force=force)
         if prefix.position_offset:
             try:
