@@ -130,7 +130,7 @@ class PrefixEncoder(nn.Module):
 
 
 class Frozen(PrefixEncoder):
-    """A baked prefix: buffers that follow the model's device and dtype and stay out of its state dict."""
+    """A baked prefix: buffers, rows side by side, that follow the model's device and stay out of its state dict."""
 
     get_extra_state = nn.Module.get_extra_state  # out of it as well
     set_extra_state = nn.Module.set_extra_state
@@ -138,7 +138,6 @@ class Frozen(PrefixEncoder):
     def __init__(self, states: Start) -> None:
         super().__init__(states, freeze_first=False, dropout=0.0)
         for i, (keys, values) in enumerate(states.values()):
-            # Rows side by side, as kernels want them: else each pass would copy them.
             self.register_buffer(f"keys_{i}", dense(keys.detach()), persistent=False)
             self.register_buffer(f"values_{i}", dense(values.detach()), persistent=False)
 
