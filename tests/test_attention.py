@@ -339,3 +339,60 @@ def test_a_step_repeated_in_each_layer_is_the_concatenation(mixed, monkeypatch):
     got = model.generate(tokens, **common)
     assert sum(h is not None for h in found) == (0 if mixed else 5)  # the second layer of each step after the prompt
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- tensors as they come: transposed, sliced, expanded
+
+LAYOUTS = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "every second column": lambda x: torch.stack((x, -x), -1).flatten(-2)[..., ::2],
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "one for all": lambda x: x[..., :1].expand_as(x),
+    "one token": lambda x: x[..., :1, :].expand_as(x),
+    "one head": lambda x: x[:, :1].expand_as(x),
+    "a slice": lambda x: torch.cat((x, x), -2)[..., 1 : x.shape[-2] + 1, :],
+    "overlapping": lambda x: torch.arange(1.0 * x.numel()).sin().to(x).as_strided(x.shape, (x[0].numel(), 7, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["q", "k", "v", "mask", "pk", "pv", "gradient"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_paths_read_tensors_of_any_layout(layout, which, dtype):
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"q": (2, 4, 6, 8), "k": (2, 2, 9, 8), "v": (2, 2, 9, 8), "mask": (2, 4, 6, 9), "pk": (1, 2, 40, 8),
+              "pv": (1, 2, 40, 8), "gradient": (2, 4, 6, 8)}  # fmt: skip
+    tensors = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    tensors[which] = LAYOUTS[layout](tensors[which])
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=False)
+
+    def run(path, tensors):
+        leaves = {n: t.detach().requires_grad_(n not in ("mask", "gradient")) for n, t in tensors.items()}
+        with attention_path(path):
+            out, _ = attend(
+                SitePrefix(leaves["pk"], leaves["pv"]), SDPA, "sdpa", module, leaves["q"], leaves["k"], leaves["v"],
+                leaves["mask"], scaling=0.37,
+            )  # fmt: skip
+        wanted = [leaves[n] for n in ("q", "k", "v", "pk", "pv")]
+        return out, *torch.autograd.grad(out, wanted, leaves["gradient"].transpose(1, 2))
+
+    want = run("concat", {n: t.contiguous() for n, t in tensors.items()})
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    for path in ("merged", "step", *(("concat",) if layout != "overlapping" else ())):  # torch's own reads it wrongly
+        for got, right in zip(run(path, tensors), want, strict=True):
+            torch.testing.assert_close(got, right, **close)
+
+
+@pytest.mark.parametrize("length", [5, 512])
+@pytest.mark.parametrize("queries", [1, 20])
+def test_a_prefix_whose_keys_lie_the_other_way_round(length, queries):
+    model, x = zoo.build("llama"), zoo.ids(1, queries)
+    made = zoo.random_prefix(model, fw.sites(model), length)
+    outs = []
+    for lay in (lambda t: t, lambda t: t.mT.contiguous().mT, lambda t: torch.stack((t, t), -1)[..., 0]):
+        tuning = fw.attach(model, fw.Prefix.from_tensors(model, {n: (lay(k), lay(v)) for n, (k, v) in made.items()}))
+        outs.append(zoo.logits(model, input_ids=x))
+        assert all(t.stride(-1) == 1 for pair in tuning.encoder().values() for t in pair)  # not copied in each pass
+        tuning.detach()
+    torch.testing.assert_close(outs[1], outs[0])
+    torch.testing.assert_close(outs[2], outs[0])

@@ -164,3 +164,14 @@ def test_chunked_prefill_and_a_cache_carried_on():
     want, cache = zoo.logits(model, input_ids=ids), tf.DynamicCache()
     parts = [zoo.logits(model, input_ids=part, past_key_values=cache) for part in ids.split(4, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tokenizer_that_has_nothing_to_pad_with():
+    model, tokenizer = zoo.build("llama"), zoo.tokenizer()
+    want = fw.Library(model).generate(tokenizer, ["The film"], [None], max_new_tokens=2)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    model = zoo.build("llama")
+    library = fw.Library(model)
+    assert library.generate(tokenizer, ["The film"], [None], max_new_tokens=2) == want
+    with pytest.raises(fw.ConfigError, match="neither a padding token nor an end token"):
+        library.generate(tokenizer, ["The film", "There is a place"], [None, None], max_new_tokens=2)

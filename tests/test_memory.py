@@ -297,3 +297,18 @@ def test_factors_that_do_not_fit_are_refused():
             replace(prefix, memory_up={**prefix.memory_up, name: odd})
     with pytest.raises(fw.MismatchError, match="expected both factors"):
         replace(prefix, memory={})
+
+
+def test_a_memory_that_is_read_in_an_unknown_way_is_refused_when_it_is_loaded(tmp_path):
+    import json
+
+    model = zoo.build("llama")
+    tuning = fw.attach(model, fw.MemoryConfig())
+    tuning.save(tmp_path)
+    tuning.detach()
+    described = json.loads((tmp_path / "foreword.json").read_text())
+    for name in ("activation", "queries"):
+        recall = {**described["recall"], name: "swish"}
+        (tmp_path / "foreword.json").write_text(json.dumps({**described, "recall": recall}))
+        with pytest.raises(fw.PrefixFileError, match=f"memory's {name} is 'swish'"):
+            fw.Prefix.load(tmp_path)

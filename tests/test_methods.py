@@ -9,7 +9,7 @@ import torch
 
 import foreword as fw
 import zoo
-from foreword.weights import sublayer_outputs
+from foreword._sublayers import sublayer_outputs
 
 METHODS = {
     "prefix": fw.PrefixConfig(length=3, init="random"),

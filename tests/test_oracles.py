@@ -353,3 +353,11 @@ def test_the_encoder_runs_once_a_pass(name, monkeypatch):
         next(iter(tuning.parameters())).add_(1.0)
     zoo.logits(model, **arguments)
     assert len(calls) == 5
+
+
+@pytest.mark.parametrize(("name", "length"), [("bert", 600), ("gpt2", 200), ("opt", 200)])
+def test_a_text_longer_than_the_model_reads(name, length):
+    model = zoo.build(name)
+    with pytest.raises(fw.ConfigError, match=rf"has {length} tokens, and .* has \d+ positions"):
+        fw.attach(model, fw.PrefixConfig(length=length), tokenizer=zoo.tokenizer())
+    assert not hasattr(model, "foreword")

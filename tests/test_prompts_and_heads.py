@@ -193,3 +193,54 @@ def test_the_trainer_scores_a_head(kind, tokenizer, tmp_path):
     assert all(not torch.equal(a, b) for a, b in zip(start, tuning.parameters(), strict=True))
     tuning.detach()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["MBart", "Marian", "Pegasus", "Blenderbot", "Bart"])
+def test_a_prompt_before_a_decoder_that_stands_alone(name):
+    layers = {f"{part}_{n}": v for part in ("encoder", "decoder")
+              for n, v in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 40))}  # fmt: skip
+    config = getattr(tf, f"{name}Config")(
+        vocab_size=zoo.VOCAB, d_model=32, max_position_embeddings=64, pad_token_id=0, **layers
+    )
+    torch.manual_seed(0)
+    model, x = getattr(tf, f"{name}ForCausalLM")(config).eval(), zoo.ids()
+    tuning = fw.attach(model, fw.PromptConfig(length=3, init="vocabulary"))
+    ids = torch.randint(zoo.VOCAB, (3,), generator=torch.Generator().manual_seed(0))[None]
+    model(input_ids=x, labels=x).loss.backward()
+    assert next(tuning.parameters()).grad.abs().sum() > 0
+    prefix = tuning.bake()
+    tuning.detach()
+    layer = model(input_ids=ids, use_cache=True).past_key_values.layers[0]
+    for got, want in ((prefix.keys, layer.keys), (prefix.values, layer.values)):
+        torch.testing.assert_close(next(iter(got.values())), want[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_needs_the_tokens_themselves_takes_no_prompt():
+    size = {"vocab_size": zoo.VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    config = tf.Gemma4TextConfig(
+        **size, num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=8,
+        layer_types=["full_attention"] * 2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=zoo.VOCAB,
+    )  # fmt: skip
+    model = zoo_like(tf.Gemma4ForCausalLM(config))
+    with pytest.raises(fw.ConfigError, match="in the place of tokens"):
+        fw.attach(model, fw.PromptConfig(length=3, init="vocabulary"))
+    assert not hasattr(model, "foreword")
+
+
+def zoo_like(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["T5", "MT5", "UMT5"])
+def test_a_head_beside_a_backbone_without_a_module_of_its_own(name):
+    config = getattr(tf, f"{name}Config")(
+        vocab_size=zoo.VOCAB, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = getattr(tf, f"{name}ForQuestionAnswering")(config).eval()
+    tuning = fw.attach(model, fw.PrefixConfig(length=3, init="random", head="question"))
+    assert tuning.holder.weights["head"].names == ["qa_outputs.weight", "qa_outputs.bias"]

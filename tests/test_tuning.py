@@ -372,3 +372,29 @@ def test_a_frozen_prefix_is_not_in_the_state_dict():
     tuning.detach()
     fw.attach(model, prefix)
     assert list(model.state_dict()) == names
+
+
+def test_a_prefix_goes_onto_the_backbone_alone_and_back(tmp_path):
+    import transformers as tf
+
+    whole, x = zoo.build("llama"), zoo.ids()
+    prefix = fw.Prefix.from_tensors(whole, zoo.random_prefix(whole, fw.sites(whole)))
+    tuning = fw.attach(whole, prefix)
+    want = zoo.logits(whole, input_ids=x)
+    tuning.detach()
+    whole.save_pretrained(tmp_path)
+    backbone = tf.AutoModel.from_pretrained(tmp_path).eval()
+    tuning = fw.attach(backbone, prefix)
+    assert [s.name for s in tuning.sites] == ["layers.0.self_attn", "layers.1.self_attn"]
+    states = zoo.logits(backbone, input_ids=x)
+    torch.testing.assert_close(whole.lm_head(states).detach(), want, atol=1e-5, rtol=1e-5)
+    back = tuning.bake()
+    tuning.detach()
+    library = fw.Library(backbone)
+    library.add("a", prefix)
+    with library.use("a"):
+        torch.testing.assert_close(zoo.logits(backbone, input_ids=x), states)
+    fw.attach(whole, back)
+    torch.testing.assert_close(zoo.logits(whole, input_ids=x), want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(fw.MismatchError):  # other weights: the names prove nothing
+        fw.attach(zoo.build("llama", seed=1).model, prefix)

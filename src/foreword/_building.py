@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from foreword import conditional, methods
+from foreword._lora import LoRA
 from foreword._prompted import check_text
+from foreword._renamed import fitted
 from foreword.config import PrefixConfig
 from foreword.encoders import Direct, Frozen, PrefixEncoder, States, make_encoder
 from foreword.errors import ConfigError
@@ -20,11 +23,11 @@ from foreword.memory import Memory, Recall
 from foreword.positions import PositionFacts, check_offset, study
 from foreword.prefix import Prefix
 from foreword.quantized import keep_backward
-from foreword.sites import Site, select, text_inputs
+from foreword.sites import Site, select, text_inputs, unreached_encoder
 from foreword.sites import sites as find_sites
 from foreword.tuning import Tuning
 from foreword.visibility import Visibility, parse
-from foreword.weights import Adapters, LoRA, WeightPart, all_parameters, bias_parameters, head_parameters
+from foreword.weights import Adapters, WeightPart, all_parameters, bias_parameters, head_names, head_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,15 +56,15 @@ def build(
     prefixes = [i for i in items if isinstance(i, Prefix)]
     configs = sorted((i for i in items if not isinstance(i, Prefix)), key=lambda c: _ORDER.index(type(c)))
     tuning.configs = list(configs)
+    taken = _taken_by_heads(model, items)
     try:
-        for prefix in prefixes:
-            _check_prefix(model, prefix, example_inputs, force)
+        prefixes = [_checked(model, p, example_inputs, force) for p in prefixes]
         # The layers first: a text's keys and values are those of the model as it will stand.
         for prefix in prefixes:
-            _load_weights(tuning, prefix, example_inputs, trainable)
+            _load_weights(tuning, prefix, example_inputs, trainable, taken)
         for config in configs:
             if isinstance(config, _WEIGHTS):
-                _put_on(tuning, weight_part(model, config, example_inputs), config.to_json())
+                _put_on(tuning, weight_part(model, config, example_inputs, taken), config.to_json())
             elif isinstance(config, methods.PromptConfig) and reads_into_decoder(model):
                 tuning.config = config
                 _put_on(tuning, *input_prompt(config, model, tokenizer))
@@ -75,15 +78,17 @@ def build(
     return tuning
 
 
-def weight_part(model: PreTrainedModel, config: Any, example_inputs: Mapping[str, Any] | None) -> WeightPart:
-    """The part that a configuration asks for, not yet on the model."""
+def weight_part(
+    model: PreTrainedModel, config: Any, example_inputs: Mapping[str, Any] | None, taken: Collection[str] = ()
+) -> WeightPart:
+    """The part that a configuration asks for, not yet on the model; without what a head beside it trains."""
     if isinstance(config, methods.LoRAConfig):
         return LoRA(config)
     if isinstance(config, methods.AdapterConfig):
         return Adapters(config, example_inputs)
     if isinstance(config, methods.BitFitConfig):
-        return bias_parameters(model, config)
-    return all_parameters(model, config)
+        return bias_parameters(model, config, taken)
+    return all_parameters(model, config, taken)
 
 
 def _check_items(items: Sequence[Any]) -> None:
@@ -96,6 +101,11 @@ def _check_items(items: Sequence[Any]) -> None:
                 "their like as well, or a list of them)"
             )
     kinds = [_kinds(i) for i in items]
+    if {"bitfit", "full"} <= set().union(*kinds):
+        raise ConfigError(
+            "BitFit trains the biases and full fine-tuning trains them too; give attach one of the two (what full "
+            "fine-tuning trains can be chosen: parameters=...)"
+        )
     for n, own in enumerate(kinds):
         for other in kinds[n + 1 :]:
             if both := own & other:
@@ -115,12 +125,13 @@ def _kinds(item: Any) -> set[str]:
     return {item.method}
 
 
-def _check_prefix(
-    model: PreTrainedModel, prefix: Prefix, example_inputs: Mapping[str, Any] | None, force: bool
-) -> None:
+def _checked(model: PreTrainedModel, prefix: Prefix, example_inputs: Mapping[str, Any] | None, force: bool) -> Prefix:
+    """The prefix under the model's names. Raises MismatchError if it isn't the model's."""
     found = _known_sites(model, prefix, example_inputs) if prefix.sites else []
+    prefix = fitted(prefix, model, found)
     prefix.check_fits(model, found, force=force)
     check_offset(model, prefix.position_offset, prefix.sites)
+    return prefix
 
 
 def _known_sites(model: PreTrainedModel, prefix: Prefix, example_inputs: Mapping[str, Any] | None) -> list[Site]:
@@ -145,18 +156,36 @@ def _put_on(tuning: Tuning, part: WeightPart, record: dict[str, Any], trainable:
         value.requires_grad_(trainable)
 
 
-def _load_weights(tuning: Tuning, prefix: Prefix, example_inputs: Mapping[str, Any] | None, trainable: bool) -> None:
+def _taken_by_heads(model: PreTrainedModel, items: Sequence[Config | Prefix]) -> set[str]:
+    """The parameters of the head that is given or asked for: it trains them, at its own rate, and no one else."""
+    kinds = [getattr(i, "head", None) for i in items if not isinstance(i, Prefix)]
+    kinds += [str(p["kind"]) for i in items if isinstance(i, Prefix) for p in i.parts if p["method"] == "head"]
+    return {n for kind in kinds if kind is not None for n in head_names(model, kind)}
+
+
+def _load_weights(
+    tuning: Tuning,
+    prefix: Prefix,
+    example_inputs: Mapping[str, Any] | None,
+    trainable: bool,
+    taken: Collection[str],
+) -> None:
     for record in prefix.parts:
         method = str(record["method"])
         if method == conditional.METHOD:  # not on the layers: it makes the keys and values
             continue
-        part = _part_of(tuning.model, record, example_inputs)
+        part = _part_of(tuning.model, record, example_inputs, taken)
         _put_on(tuning, part, dict(record), trainable)
         start = f"{method}/"
         part.load({n.removeprefix(start): t for n, t in prefix.weights.items() if n.startswith(start)})
 
 
-def _part_of(model: PreTrainedModel, record: Mapping[str, Any], example_inputs: Mapping[str, Any] | None) -> WeightPart:
+def _part_of(
+    model: PreTrainedModel,
+    record: Mapping[str, Any],
+    example_inputs: Mapping[str, Any] | None,
+    taken: Collection[str] = (),
+) -> WeightPart:
     if record["method"] == "head":
         return head_parameters(model, str(record["kind"]))
     if record["method"] == "prompt":
@@ -165,7 +194,7 @@ def _part_of(model: PreTrainedModel, record: Mapping[str, Any], example_inputs: 
     if record["method"] not in known:
         raise ConfigError(f"the prefix has a part {record['method']!r}, which this version of foreword doesn't know")
     fields = {k: v for k, v in record.items() if k != "method"}
-    return weight_part(model, known[str(record["method"])](**fields), example_inputs)
+    return weight_part(model, known[str(record["method"])](**fields), example_inputs, taken)
 
 
 # ------------------------------------------------------------------------------------------ at the attention
@@ -183,6 +212,9 @@ def _stand_at_sites(
     kinds = (PrefixConfig, methods.MemoryConfig, *(() if reads_into_decoder(model) else (methods.PromptConfig,)))
     at_sites = [c for c in configs if isinstance(c, kinds)]
     found: list[Site] = find_sites(model, example_inputs) if at_sites else []
+    if at_sites and (unreached := unreached_encoder(model, found)):
+        _say_unreached(model, unreached, at_sites)
+        tuning.metadata["unreached"] = unreached
     chosen: dict[str, Site] = {}
     for prefix in prefixes:
         chosen.update({s.name: s for s in prefix.sites if prefix.length(s.name) or s.name in prefix.memory})
@@ -200,6 +232,22 @@ def _stand_at_sites(
     for config in at_sites:
         if not isinstance(config, methods.MemoryConfig):
             _new_prefix(tuning, config, wanted[id(config)], found, tokenizer, example_inputs)
+
+
+def _say_unreached(model: PreTrainedModel, encoder: str, configs: Sequence[Config]) -> None:
+    """Warn that nothing stands in the encoder; raise ConfigError if it was to stand nowhere else."""
+    why = f"{type(model).__name__} computes the attention of its encoder ({encoder}) in its own code"
+    for config in configs:
+        if tuple(getattr(config, "kinds", ())) == ("encoder",):
+            raise ConfigError(
+                f"kinds=('encoder',), but {why}, where nothing can be placed before keys and values; "
+                "use kinds=('self', 'cross')"
+            )
+    warnings.warn(
+        f"{why}, so nothing stands there: only the decoder's attention has what is attached (kinds 'self' and 'cross')",
+        UserWarning,
+        stacklevel=5,
+    )
 
 
 def _sites_of(config: Any, found: Sequence[Site]) -> list[Site]:

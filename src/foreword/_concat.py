@@ -129,7 +129,7 @@ def _grouped_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     dropout = kwargs.get("dropout") or 0.0
     batch, heads, queries, _ = query.shape
     if queries == 1 and (mask is None or mask.shape[1] == 1):
-        out = attention(query.view(batch, key.shape[1], -1, query.shape[3]), key, value, mask, dropout, scale=scale)
+        out = attention(query.reshape(batch, key.shape[1], -1, query.shape[3]), key, value, mask, dropout, scale=scale)
         return out.reshape(batch, 1, heads, value.shape[3])
     out = attention(query, key, value, mask, dropout, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).contiguous()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from foreword import _interface
 from foreword._views import SitePrefix
+from foreword._wrapped import inside
 from foreword.attention import attend
 from foreword.encoders import Frozen, PrefixEncoder
 from foreword.errors import AttachError
@@ -79,5 +80,5 @@ def require_detached(model: nn.Module) -> None:
 
 def tuning_of(model: nn.Module) -> Tuning | None:
     """The prefix that :func:`attach` put onto a model, or None."""
-    holder = model._modules.get(CHILD)
+    holder = (model if CHILD in model._modules else inside(model))._modules.get(CHILD)
     return holder.tuning if isinstance(holder, PrefixHolder) else None

@@ -156,18 +156,27 @@ def _wrapped(function: Delegate, name: str) -> Delegate:
 
 
 @contextmanager
+def afresh() -> Iterator[None]:
+    """Inside the block, calls of the module whose slot is answering are calls like any other."""
+    before, _inside.module = _inside.module, None
+    try:
+        yield
+    finally:
+        _inside.module = before
+
+
+@contextmanager
 def only_slots(model: nn.Module, make: Callable[[str], Slot | None]) -> Iterator[None]:
     """Inside the block, each module of a model has the slot that ``make`` gives for its name (None: none)."""
     previous = {}
-    answering, _inside.module = _inside.module, None  # a prefix may be made by passes inside of a call
     try:
         for name, module in model.named_modules():
             previous[module] = module.__dict__.pop(SLOT, None)
             if (slot := make(name)) is not None:
                 module.__dict__[SLOT] = slot
-        yield
+        with afresh():  # a prefix may be made by passes inside of a call
+            yield
     finally:
-        _inside.module = answering
         for module, before in previous.items():
             module.__dict__.pop(SLOT, None)
             if before is not None:

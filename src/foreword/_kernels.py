@@ -47,7 +47,10 @@ class CpuFlash:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        q, k, v = dense(q), dense(k), dense(v)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=_readable(mask), scale=scale
+        )
         if mask is not None:  # the kernel says 0 where a query sees nothing
             lse = lse.masked_fill(dead_rows(mask), -torch.inf)
         return out, lse
@@ -56,8 +59,9 @@ class CpuFlash:
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
         causal: bool, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        grad, q, k, v, out = dense(grad), dense(q), dense(k), dense(v), dense(out)
         result: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=_readable(mask), scale=scale
         )
         return result
 
@@ -74,6 +78,7 @@ class CudaFlash:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
+        q, k, v = dense(q), dense(k), dense(v)
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
         return out, lse[..., : q.shape[2]]
 
@@ -81,6 +86,7 @@ class CudaFlash:
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
         causal: bool, scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        grad, q, k, v, out = dense(grad), dense(q), dense(k), dense(v), dense(out)
         unused = torch.empty(0, dtype=torch.int64, device=q.device)  # random state of the dropout we never use
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused,
@@ -90,6 +96,21 @@ class CudaFlash:
 
 
 _KERNELS: dict[str, Kernel] = {"cpu": CpuFlash(), "cuda": CudaFlash()}
+
+
+def dense(x: Tensor) -> Tensor:
+    """The same numbers with each row's side by side, and rows that don't overlap: what the kernels take for granted.
+
+    They are given a stride a row and none within it, so that of other tensors (a transposed or expanded one, every
+    second column) they would read what isn't theirs, or past the end.
+    """
+    (*_, rows, width), (*_, step, within) = x.shape, x.stride()
+    return x if within == 1 and (step >= width or rows == 1) else x.contiguous()
+
+
+def _readable(mask: Tensor | None) -> Tensor | None:
+    """A mask whose rows lie side by side each; they may be the same one for all queries."""
+    return mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
 
 
 def kernel_for(device: torch.device) -> Kernel | None:

@@ -36,6 +36,10 @@ class Passes:
         self.text: TextPositions | None = None
         self.handles: list[Any] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what a pass made, which is of that pass's graph."""
+        return {**self.__dict__, "views": None, "made_from": None, "made_of": None, "depth": 0}
+
     def view(self, name: str) -> SitePrefix | None:
         """What a site reads in this pass; None: nothing."""
         if self.views is None:
@@ -98,6 +102,7 @@ class Passes:
 
     def _begin(self, module: nn.Module) -> None:
         if torch.is_grad_enabled():
+            _check_trainable(self.tuning)
             _check_checkpointing(self.tuning.model)
             # Now and not in the first layer, whose activations gradient checkpointing throws away.
             self.views, self.made_from = self.tuning.build_views(), None
@@ -115,6 +120,16 @@ class Passes:
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+
+
+def _check_trainable(tuning: Tuning) -> None:
+    """Raise AttachError where a training pass would train nothing of what was attached to be trained."""
+    if tuning.trainable and tuning.model.training and next(tuning.parameters(), None) is None:
+        raise AttachError(
+            "nothing that foreword attached requires a gradient any more: PEFT's get_peft_model, called after attach, "
+            "freezes all that it finds. Attach after get_peft_model, to get_base_model(), or give attach a LoRAConfig "
+            "beside the prefix; to train without it, attach what bake() returns"
+        )
 
 
 def _check_checkpointing(model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from foreword._kernels import dense
 from foreword.config import PrefixConfig
 from foreword.errors import ConfigError
 from foreword.sites import Site
@@ -129,7 +130,7 @@ class PrefixEncoder(nn.Module):
 
 
 class Frozen(PrefixEncoder):
-    """A baked prefix: buffers that follow the model's device and dtype and stay out of its state dict."""
+    """A baked prefix: buffers, rows side by side, that follow the model's device and stay out of its state dict."""
 
     get_extra_state = nn.Module.get_extra_state  # out of it as well
     set_extra_state = nn.Module.set_extra_state
@@ -137,8 +138,8 @@ class Frozen(PrefixEncoder):
     def __init__(self, states: Start) -> None:
         super().__init__(states, freeze_first=False, dropout=0.0)
         for i, (keys, values) in enumerate(states.values()):
-            self.register_buffer(f"keys_{i}", keys.detach(), persistent=False)
-            self.register_buffer(f"values_{i}", values.detach(), persistent=False)
+            self.register_buffer(f"keys_{i}", dense(keys.detach()), persistent=False)
+            self.register_buffer(f"values_{i}", dense(values.detach()), persistent=False)
 
     def encode(self, given: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         return [(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i in range(len(self.names))]

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from foreword.errors import ConfigError
 from foreword.sites import input_device
 
 
@@ -25,8 +26,17 @@ def write(
 def write_on(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], **options: Any
 ) -> list[str]:
-    """The same, from token ids."""
+    """The same, from token ids.
+
+    Raises:
+        ConfigError: several texts, and a tokenizer that has nothing to pad them with.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None and len(rows) * (options.get("num_return_sequences") or 1) > 1:
+        raise ConfigError(
+            "the tokenizer has neither a padding token nor an end token, so texts of different lengths make no batch; "
+            "set one (tokenizer.pad_token = ...), or write one text at a time"
+        )
     longest = max(map(len, rows))
     device = input_device(model)
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)

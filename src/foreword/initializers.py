@@ -190,9 +190,26 @@ def text_states(
     """What the model computes for a text at each site, rotated so that it stands right before position_offset.
 
     Encoder-decoder models read the text on both sides.
+
+    Raises:
+        ConfigError: the text is longer than what the model reads.
     """
-    states = states_of(model, torch.tensor([list(ids)]), chosen)
+    states = _read(model, ids, chosen)
     return {n: (_moved(rotations, n, k[0], position_offset - len(ids)), v[0]) for n, (k, v) in states.items()}
+
+
+def _read(model: PreTrainedModel, ids: Sequence[int], chosen: Sequence[Site]) -> States:
+    """Raise ConfigError for a text that is longer than the model reads."""
+    try:
+        return states_of(model, torch.tensor([list(ids)]), chosen)
+    except UnsupportedModelError as exc:
+        most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if most is None or len(ids) <= most:
+            raise
+        raise ConfigError(
+            f"the text that the prefix starts from has {len(ids)} tokens, and {type(model).__name__} has {most} "
+            f'positions; take a length of at most {most}, or start without a text (init="random")'
+        ) from exc
 
 
 def word_states(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from foreword.errors import AttachError
+from foreword.errors import AttachError, ConfigError
 from foreword.positions import Rotation
 from foreword.sites import Site
 
@@ -31,6 +31,14 @@ class Recall:
 
     activation: Activation = "elu"
     queries: Literal["rotated", "plain"] = "rotated"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("activation", tuple(_ACTIVATIONS)), ("queries", ("rotated", "plain"))):
+            if (value := getattr(self, name)) not in allowed:
+                raise ConfigError(
+                    f"a memory's {name} is {value!r}; expected one of {', '.join(map(repr, allowed))} (or a newer "
+                    "version of foreword that knows it)"
+                )
 
 
 @dataclass(frozen=True, slots=True)

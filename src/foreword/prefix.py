@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foreword._wrapped import unwrapped
 from foreword.errors import ConfigError, InexactWarning, MismatchError
 from foreword.fingerprint import Fingerprint, shape_differences
 from foreword.memory import Recall
@@ -134,6 +135,7 @@ class Prefix:
         from foreword.initializers import ids_of_text, text_states
         from foreword.tuning import require_detached, tuning_of
 
+        model = unwrapped(model)
         if tuning_of(model) is not None:  # a Library may stay: the text is read without its prefixes
             require_detached(model)
         found = find_sites(model)
@@ -171,6 +173,7 @@ class Prefix:
         Raises:
             MismatchError: a name or a shape that the model doesn't have.
         """
+        model = unwrapped(model)
         found = {s.name: s for s in find_sites(model, example_inputs)}
         for name in tensors:
             if name not in found:

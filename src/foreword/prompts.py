@@ -17,13 +17,16 @@ from transformers import PreTrainedModel
 from foreword._offloaded import device_of
 from foreword.config import DEFAULT_TEXT
 from foreword.encoders import PrefixEncoder
-from foreword.errors import ConfigError
+from foreword.errors import ConfigError, ForewordError
 from foreword.methods import PromptConfig
 from foreword.positions import Rotation
 from foreword.sites import Call, Site, evaluating, recording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_INSTEAD = "use a PrefixConfig with this model, which needs no embeddings"
 
 
 class Prompt(PrefixEncoder):
@@ -63,7 +66,8 @@ class Prompt(PrefixEncoder):
         def observe(call: Call, _: str) -> None:
             states[call.name] = (call.key[0], call.value[0])
 
-        inputs = self.embeddings[None].to(backbone.get_input_embeddings().weight.dtype)
+        table: Any = model.get_input_embeddings()
+        inputs = self.embeddings[None].to(table.weight.dtype)
         with recording(model, observe), evaluating(model):
             backbone.forward(inputs_embeds=inputs, use_cache=False)
         moved = []
@@ -87,8 +91,39 @@ def prompt_encoder(
     Raises:
         ConfigError: a text without a tokenizer, or one that is shorter than ``length``.
     """
-    start = prompt_start(config, model, tokenizer, model.get_input_embeddings())
-    return Prompt(start, model, sites, rotations, config.position_offset)
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        raise ConfigError(
+            f"{type(model).__name__} doesn't say which its input embeddings are (get_input_embeddings), so there is "
+            f"nothing to train a prompt at; {_INSTEAD}"
+        ) from None
+    start = prompt_start(config, model, tokenizer, embedding)
+    prompt = Prompt(start, model, sites, rotations, config.position_offset)
+    _prove(prompt)
+    return prompt
+
+
+@torch.no_grad()
+def _prove(prompt: Prompt) -> None:
+    """Raise ConfigError if the model can't read a prompt that is no longer of its tokens' embeddings."""
+    model: PreTrainedModel = prompt.__dict__["model"]
+    start = prompt.embeddings.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(start.shape, generator=generator).to(start.device) * start.std()
+    try:
+        prompt.embeddings.copy_(start + noise)
+        prompt.encode(None)
+    except ForewordError:
+        raise
+    except Exception as exc:
+        reason = " ".join(str(exc).split())
+        raise ConfigError(
+            f"{type(model).__name__} can't read trained embeddings in the place of tokens ({type(exc).__name__}: "
+            f"{reason[:200]}); {_INSTEAD}"
+        ) from exc
+    finally:
+        prompt.embeddings.copy_(start)
 
 
 @torch.no_grad()

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foreword._interface import Delegate, Slot, only_slots, unrouted
+from foreword._kinds import Streams, sees_only_back
 from foreword._offloaded import device_of
 from foreword._proof import check_route
+from foreword._wrapped import unwrapped
 from foreword.errors import ConfigError, ForewordError, UnsupportedModelError
 
 Kind = Literal["self", "cross", "encoder"]
 
-# A run of different lengths in encoder and decoder tells cross attention from self attention.
+# Different lengths in encoder and decoder tell cross attention from self attention where numbers can't (on meta).
 _TOKENS, _DECODER_TOKENS = 8, 5
 
 
@@ -89,14 +91,23 @@ def sites(model: PreTrainedModel, example_inputs: Mapping[str, Any] | None = Non
         UnsupportedModelError: the model computes attention in its own code, or makes no attention call.
         ConfigError: the model needs example inputs.
     """
+    model = unwrapped(model)
     found: dict[str, Site] = {}
 
     def observe(call: Call, delegate_name: str) -> None:
+        if streams.asking is not None:  # a call made once more, to see where its keys come from
+            streams.asking.append((call.query, call.key))
+            return
         previous = found.get(call.name)
-        site = _describe(call, delegate_name, model)
+        site = _describe(call, delegate_name, model, streams)
         found[call.name] = site if previous is None else _again(previous)
 
-    check_route(model, lambda: dry_run(model, observe, example_inputs), lambda: _plain_run(model, example_inputs))
+    def recorded() -> Any:
+        with streams:
+            return dry_run(model, observe, example_inputs)
+
+    streams = Streams(model)
+    check_route(model, recorded, lambda: _plain_run(model, example_inputs))
     if not found:
         raise UnsupportedModelError(_why_none(model))
     return list(found.values())
@@ -185,6 +196,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def unreached_encoder(model: PreTrainedModel, found: Sequence[Site]) -> str | None:
+    """The name of a text encoder that made no attention call beside a decoder that did; None: there is none such."""
+    if not model.config.is_encoder_decoder or not hasattr(model, "get_encoder"):
+        return None
+    encoder = model.get_encoder()
+    name = next((n for n, m in model.named_modules() if m is encoder), None)
+    layers = name and any(isinstance(m, nn.ModuleList) for m in encoder.modules())
+    return name if layers and not any(s.name.startswith(f"{name}.") for s in found) else None
+
+
 def text_inputs(model: PreTrainedModel, length: int = _TOKENS) -> dict[str, Tensor]:
     """Token ids for one forward pass of a text model, ``(1, length)`` (and shorter ones for a decoder).
 
@@ -200,7 +221,8 @@ def text_inputs(model: PreTrainedModel, length: int = _TOKENS) -> dict[str, Tens
     config = model.config.get_text_config()
     special = {v for k, v in model.config.to_dict().items() if k.endswith(("_token_id", "_token_index"))
                and isinstance(v, int)}  # fmt: skip
-    ids = [i for i in range(3, min(int(config.vocab_size), 4 * length + 64)) if i not in special]
+    vocabulary = getattr(config, "vocab_size", None) or 4 * length + 64  # CANINE reads characters and has none
+    ids = [i for i in range(3, min(int(vocabulary), 4 * length + 64)) if i not in special]
     chosen = [ids[(7 * i) % len(ids)] for i in range(length)]
     device = input_device(model)
     inputs = {"input_ids": torch.tensor([chosen], device=device)}
@@ -210,19 +232,24 @@ def text_inputs(model: PreTrainedModel, length: int = _TOKENS) -> dict[str, Tens
         eos = getattr(model.config, "eos_token_id", None)
         if isinstance(eos, int):  # BART's classification head looks for it
             inputs["input_ids"][0, -1] = eos
-        inputs["decoder_input_ids"] = torch.tensor([chosen[:_DECODER_TOKENS]], device=device)
+        # Heads that classify read the same tokens in both: BART's looks its last one up in the decoder's states.
+        own = _DECODER_TOKENS if model.can_generate() else length
+        inputs["decoder_input_ids"] = torch.tensor([chosen[:own]], device=device)
     return inputs
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model's token ids go."""
-    return device_of(model.get_input_embeddings())
+    try:
+        return device_of(model.get_input_embeddings())
+    except NotImplementedError:  # a model that doesn't say which its embeddings are
+        return device_of(model)
 
 
-def _describe(call: Call, delegate_name: str, model: PreTrainedModel) -> Site:
+def _describe(call: Call, delegate_name: str, model: PreTrainedModel, streams: Streams) -> Site:
     query, key = call.query, call.key
-    causal = _sees_only_back(call, delegate_name)
-    if query.shape[2] != key.shape[2]:
+    causal = sees_only_back(call.module, query, key, call.mask, call.kwargs, delegate_name)
+    if streams.cross(call.module, query, key, call.mask):
         kind: Kind = "cross"
     else:
         kind = "self" if causal else "encoder"
@@ -240,19 +267,6 @@ def _describe(call: Call, delegate_name: str, model: PreTrainedModel) -> Site:
         scaling=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
         tower=_tower(model, call.name),
     )
-
-
-def _sees_only_back(call: Call, delegate_name: str) -> bool:
-    """From the mask where there is one (what runs), else from what the call or the module says."""
-    mask = call.mask
-    looks = not call.query.is_meta  # on the meta device a mask has no numbers to look at
-    if looks and isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == mask.shape[3]:
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return not bool(allowed.triu(1).any())
-    if looks and delegate_name == "eager":
-        return False  # eager attention hides nothing by itself
-    said = call.kwargs.get("is_causal")
-    return bool(getattr(call.module, "is_causal", True) if said is None else said)
 
 
 def _tower(model: PreTrainedModel, name: str) -> str:

@@ -18,19 +18,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foreword import _interface
+from foreword._buffers import Buffers
 from foreword._given import Task
 from foreword._holder import CHILD, PrefixHolder, SiteSlot, require_detached, tuning_of
 from foreword._offloaded import device_of, flags_of, set_flags
 from foreword._passes import Passes
 from foreword._queries import Queries
+from foreword._saving import unwatch, watch
 from foreword._sharded import show_shards
 from foreword._views import SitePrefix
+from foreword._wrapped import refuse_meta, unwrapped
 from foreword.config import PrefixConfig
 from foreword.encoders import PrefixEncoder
 from foreword.errors import AttachError, ConfigError
 from foreword.fingerprint import Fingerprint
 from foreword.memory import Recall, SiteMemory
-from foreword.methods import LEARNING_RATES, Config, PromptConfig, usual_learning_rate
+from foreword.methods import Config, PromptConfig
 from foreword.positions import PositionFacts, Rotation
 from foreword.prefix import Prefix
 from foreword.sites import Site
@@ -59,6 +62,7 @@ def attach(
     A list puts several on together; their order makes no difference.
 
     Args:
+        model: a transformers model, or a ``PeftModel``, which is looked through; other wrappers are refused.
         tokenizer: the model's; needed to start from a text.
         example_inputs: one forward pass's arguments, for models that don't start from token ids.
         strength: weight of the prefix against the text, 1 as trained, 0 none; overrides the configuration's.
@@ -68,10 +72,12 @@ def attach(
         AttachError: the model has a prefix already. Detach it first, or hold several in a ``fw.Library``.
         UnsupportedModelError: nothing can be placed before this model's keys and values.
         MismatchError: the prefix belongs to another model.
-        ConfigError: the configurations do not fit the model, or each other.
+        ConfigError: the configurations do not fit the model, or each other; or it is in a wrapper, or has no numbers.
     """
     from foreword._building import build
 
+    model = unwrapped(model)
+    refuse_meta(model)
     require_detached(model)
     items = list(what) if isinstance(what, Sequence) else [what]
     return build(model, items, tokenizer, example_inputs, trainable, strength, force)
@@ -111,6 +117,7 @@ class Tuning:
         self.holder.moved = self._passes.forget
         self._strength = 1.0
         self._flags = flags_of(model)
+        self._buffers = Buffers()
 
     @property
     def tasks(self) -> Sequence[str]:
@@ -191,27 +198,9 @@ class Tuning:
             learning_rate: of the first method, where its configuration names none. The others go at what is usual
                 for them, and so does what was loaded.
         """
-        holder = self.holder
-        # Where each method's numbers are; those of prefixes, and of prompts that became one, are the first.
-        places: dict[str, list[nn.Module]] = {
-            "direct": [holder.encoder, holder.bias, holder.gate, holder.reading],
-            "memory": [holder.memory] if holder.memory is not None else [],
-            **{method: [part] for method, part in holder.weights.items()},
-        }
-        wanted = []
-        for config in self.configs:
-            own = config.method if not isinstance(config, PrefixConfig) and config.method in places else "direct"
-            wanted.append((places.pop(own), config.learning_rate, usual_learning_rate(config)))
-        loaded = {**LEARNING_RATES, "direct": LEARNING_RATES["mlp" if self.encoder.asks == "condition" else "direct"]}
-        head = next(filter(None, (getattr(c, "head_learning_rate", None) for c in self.configs)), None)
-        wanted += [(own, head if method == "head" else None, loaded[method]) for method, own in places.items()]
-        groups: list[dict[str, Any]] = []
-        for modules, rate, usual in wanted:
-            chosen = [p for m in modules for p in m.parameters() if p.requires_grad]
-            if chosen:
-                first = learning_rate if not groups else None
-                groups.append({"params": chosen, "lr": rate or first or usual})
-        return groups
+        from foreword._groups import parameter_groups
+
+        return parameter_groups(self, learning_rate)
 
     def add_gates(self, kind: str, sites: Sequence[Site]) -> None:
         """Learned weights per head: ``"head"`` and ``"input"`` from 1, ``"zero"`` from a closed gate."""
@@ -335,19 +324,23 @@ class Tuning:
         """Take the prefix off; the model is what it was, bit for bit. Returns the model."""
         if not self.attached:
             raise AttachError("this prefix is not attached (any more); nothing to detach")
+        for part in self.weight_parts():
+            part.check_off(self.model)
         for site in self.sites:
             self.model.get_submodule(site.name).__dict__.pop(_interface.SLOT, None)
         self._passes.remove()
         if self.queries is not None:
             self.queries.remove()
         del self.model._modules[CHILD]
+        unwatch(self)
         self.take_parts_off()
         return self.model
 
     def take_parts_off(self) -> None:
         """Take LoRA and the like off the model, and give every parameter its ``requires_grad`` back."""
-        for part in self.weight_parts():
+        for part in reversed(self.weight_parts()):  # what was put on last stands around the others
             part.take_off(self.model)
+        self._buffers.put_back()
         set_flags(self.model, self._flags)
 
     def install(self, *, trainable: bool) -> None:
@@ -357,12 +350,14 @@ class Tuning:
         self.trainable = trainable
         trained = {p for part in self.weight_parts() for p in part.values if p.requires_grad}
         if trainable:
+            self._buffers.hold(self.model)
             show_shards(self.model)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(parameter in trained)
         self._place(trainable)
         self.model.add_module(CHILD, self.holder)
         self.holder.train(self.model.training)
+        watch(self)
         if self.sites:
             for site in self.sites:
                 self.model.get_submodule(site.name).__dict__[_interface.SLOT] = SiteSlot(site.name, self._passes)

@@ -1,4 +1,4 @@
-"""Methods that change a model's layers: LoRA, adapters, BitFit, full fine-tuning, and a trained head.
+"""Methods that change a model's layers: adapters, BitFit, full fine-tuning, a trained head (LoRA is in ``_lora``).
 
 Each is a *part* that goes onto a model in place and comes off again without a trace. Its numbers are tensors by name,
 saved in the same file as a prefix.
@@ -6,26 +6,30 @@ saved in the same file as a prefix.
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModel, PreTrainedModel
 
 from foreword._offloaded import device_of, refuse_placeholders
-from foreword.errors import ConfigError, MismatchError, MissingPartError, PrecisionWarning
-from foreword.methods import AdapterConfig, BitFitConfig, FullConfig, LoRAConfig
-from foreword.sites import Call, dry_run
+from foreword._sublayers import layer_of, linear_layers, sublayer_outputs, width
+from foreword.errors import AttachError, ConfigError, MismatchError, PrecisionWarning
+from foreword.methods import AdapterConfig, BitFitConfig, FullConfig
 
 HEADS = {
     "sequence": "SequenceClassification", "token": "TokenClassification", "question": "QuestionAnswering",
     "choice": "MultipleChoice",
 }  # fmt: skip
+
+
+_ACTIVATIONS = {"relu": torch.relu, "gelu": nn.functional.gelu}
 
 
 class WeightPart(nn.Module):
@@ -44,6 +48,18 @@ class WeightPart(nn.Module):
     def take_off(self, model: PreTrainedModel) -> None:
         """Make the model what it was, to the last bit."""
         raise NotImplementedError
+
+    def check_off(self, model: PreTrainedModel) -> None:
+        """Raise AttachError if the part can't be taken off as the model stands now."""
+
+    @contextmanager
+    def hidden(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside the block, the model's modules and names are those of the base."""
+        yield
+
+    def without(self, state: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+        """A state dict of the model without what the part added, under the base's names."""
+        return dict(state)
 
     def tensors(self) -> dict[str, Tensor]:
         """The numbers as they stand, by name."""
@@ -91,59 +107,26 @@ class OwnParameters(WeightPart):
     def put_on(self, model: PreTrainedModel) -> None:
         pass
 
+    def check_off(self, model: PreTrainedModel) -> None:
+        for name, value, original in zip(self.names, self._now(model), self.originals, strict=True):
+            if value.shape != original.shape:
+                raise AttachError(
+                    f"{self.method} can't give {name} back the numbers that it had: it was {tuple(original.shape)} and "
+                    f"is {tuple(value.shape)} now. Give it its size back and call detach() again; to train with "
+                    "another size, change it before attaching"
+                )
+
+    def _now(self, model: PreTrainedModel) -> list[Tensor]:
+        """The model's parameters of these names, which may have been replaced; PEFT's layers change names."""
+        there: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        return [there.get(n, v) for n, v in zip(self.names, self.values, strict=True)]
+
     @torch.no_grad()
     def take_off(self, model: PreTrainedModel) -> None:
-        for value, original in zip(self.values, self.originals, strict=True):
+        for value, original in zip(self._now(model), self.originals, strict=True):
             value.copy_(original)
         for module in self.added:
             module.register_parameter("bias", None)
-
-
-class LoRA(WeightPart):
-    """PEFT's LoRA, injected in place."""
-
-    def __init__(self, config: LoRAConfig) -> None:
-        super().__init__("lora")
-        self.config = config
-
-    def put_on(self, model: PreTrainedModel) -> None:
-        try:
-            import peft
-        except ImportError as exc:
-            raise MissingPartError("LoRA is PEFT's: pip install 'foreword[lora]'") from exc
-        flags = {p: p.requires_grad for p in model.parameters()}
-        c = self.config
-        targets = c.targets if isinstance(c.targets, str | None) else list(c.targets)
-        try:
-            lora = peft.LoraConfig(
-                r=c.rank, lora_alpha=c.alpha, lora_dropout=c.dropout, target_modules=targets, **c.options
-            )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(c.seed)
-                peft.inject_adapter_in_model(lora, model, adapter_name="foreword")
-        except (ValueError, TypeError) as exc:
-            self.take_off(model)
-            raise ConfigError(f"PEFT refuses this LoRA: {exc}") from exc
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-        found = {n: p for n, p in model.named_parameters() if p not in flags}
-        refuse_placeholders(model, found, "LoRA (PEFT puts it where the weights are)")
-        for parameter in found.values():
-            if parameter.dtype in (torch.float16, torch.bfloat16):  # trained in float32, as PEFT's own models do
-                parameter.data = parameter.data.float()
-        self.names, self.values = list(found), nn.ParameterList(found.values())
-
-    def take_off(self, model: PreTrainedModel) -> None:
-        if importlib.util.find_spec("peft") is None:
-            return
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for name, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.get_base_layer())
-        model.__dict__.pop("peft_config", None)
 
 
 class Adapters(WeightPart):
@@ -157,24 +140,23 @@ class Adapters(WeightPart):
 
     def put_on(self, model: PreTrainedModel) -> None:
         generator = torch.Generator().manual_seed(self.config.seed)
-        act = {"relu": torch.relu, "gelu": nn.functional.gelu}[self.config.activation]
         for name in sublayer_outputs(model, self.config.style == "houlsby", self.example_inputs):
             module = model.get_submodule(name)
-            size, width = _width(module), self.config.width
-            down = torch.randn(width, size, generator=generator) * size**-0.5
+            size, narrow = width(module), self.config.width
+            down = torch.randn(narrow, size, generator=generator) * size**-0.5
             device = device_of(module)
-            parts = [nn.Parameter(t.to(device)) for t in (down, torch.zeros(width), torch.zeros(size, width),
+            parts = [nn.Parameter(t.to(device)) for t in (down, torch.zeros(narrow), torch.zeros(size, narrow),
                                                                  torch.zeros(size))]  # fmt: skip
             self.names += [f"{name}.{p}" for p in ("down.weight", "down.bias", "up.weight", "up.bias")]
             self.values.extend(parts)
-            first = len(self.values) - 4
-
-            def adapt(_: nn.Module, args: Any, output: Tensor, first: int = first) -> Tensor:
-                down, down_bias, up, up_bias = (self.values[first + i].to(output) for i in range(4))
-                linear = nn.functional.linear
-                return output + linear(act(linear(output, down, down_bias)), up, up_bias)
-
+            # A partial of a bound method, not a closure: a deep copy of the model then has its own.
+            adapt = partial(self._adapt, len(self.values) - 4)
             self.handles.append(module.register_forward_hook(adapt))
+
+    def _adapt(self, first: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = (self.values[first + i].to(output) for i in range(4))
+        linear = nn.functional.linear
+        return output + linear(_ACTIVATIONS[self.config.activation](linear(output, down, down_bias)), up, up_bias)
 
     def take_off(self, model: PreTrainedModel) -> None:
         for handle in self.handles:
@@ -182,88 +164,27 @@ class Adapters(WeightPart):
         self.handles = []
 
 
-def sublayer_outputs(
-    model: PreTrainedModel, after_attention: bool, example_inputs: Mapping[str, Any] | None = None
-) -> list[str]:
-    """The linear layers that end each layer's attention (on request) and feed-forward, in the order they run.
-
-    Nothing is known of the architecture: the first linear layer after an attention call ends the attention, and the
-    last one of a layer ends its feed-forward.
-
-    Raises:
-        ConfigError: a layer has no such linear layer (a mixture of experts, say).
-    """
-    events: list[tuple[str, str]] = []
-    handles = [
-        m.register_forward_hook(lambda _m, _a, _o, name=name: events.append(("linear", name)))
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D)
-    ]
-    try:
-        dry_run(model, lambda call, _: _note(events, call), example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    called = [_layer(model, name) for kind, name in events if kind == "attention"]
-    layers = list(dict.fromkeys(layer for layer in called if layer is not None))
-    if not layers:
-        raise ConfigError(f"{type(model).__name__} has no list of layers, so there is no place for adapters")
-    chosen: list[str] = []
-    for layer in layers:
-        own = [(kind, name) for kind, name in events if name == layer or name.startswith(f"{layer}.")]
-        ends = [_next_linear(own, i) for i, (kind, _) in enumerate(own) if kind == "attention"]
-        last = own[-1][1] if own[-1][0] == "linear" else None
-        sizes = {_width(model.get_submodule(n)) for n in ends if n}
-        if None in ends or last is None or last in ends or _width(model.get_submodule(last)) not in sizes:
-            raise ConfigError(
-                f"{layer} does not end in a linear layer of the residual's width after its attention (a mixture of "
-                "experts, or attention alone), so there is no output to adapt; use LoRA or a prefix with this model"
-            )
-        chosen += [n for n in (*(ends if after_attention else ()), last) if n is not None]
-    return chosen
-
-
-def _note(events: list[tuple[str, str]], call: Call) -> None:
-    events.append(("attention", call.name))
-
-
-def _next_linear(events: list[tuple[str, str]], start: int) -> str | None:
-    return next((name for kind, name in events[start:] if kind == "linear"), None)
-
-
-def _layer(model: PreTrainedModel, name: str) -> str | None:
-    """The outermost element of a list of layers around a module."""
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        if isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
-            return ".".join(parts[: end + 1])
-    return None
-
-
-def _width(module: nn.Module) -> int:
-    """Features that a linear layer gives."""
-    weight: Any = module.weight
-    return int(weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0])
-
-
 # ------------------------------------------------------------------------------------------ which of its own parameters
 
 
-def bias_parameters(model: PreTrainedModel, config: BitFitConfig) -> OwnParameters:
-    """The part that trains biases.
+def bias_parameters(model: PreTrainedModel, config: BitFitConfig, taken: Collection[str] = ()) -> OwnParameters:
+    """The part that trains biases, but for those of these names, which another part trains.
 
     Raises:
         ConfigError: the model has none.
     """
     added: list[nn.Module] = []
     if config.missing == "add":
-        found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.bias is None]
-        bare = {n: m for n, m in found if _layer(model, n) is not None}
+        # Linear layers themselves, not what PEFT puts beside them.
+        found: list[tuple[str, Any]] = [(n, getattr(m, "base_layer", m)) for n, m in linear_layers(model)]
+        bare = {
+            n: m for n, m in found if isinstance(m, nn.Linear) and m.bias is None and layer_of(model, n) is not None
+        }
         refuse_placeholders(model, {f"{n}.weight": m.weight for n, m in bare.items()}, "BitFit")
         for module in bare.values():
             module.bias = nn.Parameter(module.weight.new_zeros(module.out_features))
             added.append(module)
-    chosen = {n: p for n, p in model.named_parameters() if n.rsplit(".", 1)[-1] == "bias"}
+    chosen = {n: p for n, p in model.named_parameters() if n.rsplit(".", 1)[-1] == "bias" and n not in taken}
     refuse_placeholders(model, chosen, "BitFit")
     if not chosen:
         raise ConfigError(
@@ -273,8 +194,8 @@ def bias_parameters(model: PreTrainedModel, config: BitFitConfig) -> OwnParamete
     return OwnParameters("bitfit", chosen, added)
 
 
-def all_parameters(model: PreTrainedModel, config: FullConfig) -> OwnParameters:
-    """The part that trains the model itself.
+def all_parameters(model: PreTrainedModel, config: FullConfig, taken: Collection[str] = ()) -> OwnParameters:
+    """The part that trains the model itself, but for what another part trains.
 
     Raises:
         ConfigError: no parameter matches.
@@ -283,7 +204,8 @@ def all_parameters(model: PreTrainedModel, config: FullConfig) -> OwnParameters:
         pattern = re.compile(config.parameters or ".*")
     except re.error as exc:
         raise ConfigError(f"parameters={config.parameters!r} is not a regular expression: {exc}") from None
-    chosen = {n: p for n, p in model.named_parameters() if pattern.fullmatch(n) and p.is_floating_point()}
+    fitting = {n: p for n, p in model.named_parameters() if pattern.fullmatch(n) and p.is_floating_point()}
+    chosen = {n: p for n, p in fitting.items() if n not in taken}
     refuse_placeholders(model, chosen, "full fine-tuning")
     if not chosen:
         first = next(n for n, _ in model.named_parameters())
@@ -300,18 +222,45 @@ def head_parameters(model: PreTrainedModel, kind: str) -> OwnParameters:
     Raises:
         ConfigError: the model has no head of this kind.
     """
+    chosen = _head(model, kind)
+    refuse_placeholders(model, chosen, f"head={kind!r}")
+    return OwnParameters("head", chosen)
+
+
+def head_names(model: PreTrainedModel, kind: str) -> set[str]:
+    """The names of what :func:`head_parameters` trains, by the same rules."""
+    return set(_head(model, kind))
+
+
+def _head(model: PreTrainedModel, kind: str) -> dict[str, nn.Parameter]:
     from transformers.models.auto import modeling_auto
 
     task = HEADS[kind]
     mapping = "MODEL_FOR_" + re.sub(r"(?<!^)(?=[A-Z])", "_", task).upper() + "_MAPPING_NAMES"
     known = {n for e in getattr(modeling_auto, mapping).values() for n in ([e] if isinstance(e, str) else e)}
-    backbone = f"{model.base_model_prefix}."
-    chosen = {n: p for n, p in model.named_parameters() if not n.startswith(backbone)}
+    own = _outside_the_backbone(model) if type(model).__name__ in known else set()
+    chosen = {n: p for n, p in model.named_parameters() if n in own}
     if type(model).__name__ not in known or not chosen:
         raise ConfigError(
             f"head={kind!r}, but {type(model).__name__} has no such head; load the model with AutoModelFor{task}, or "
             "leave head out"
         )
-    chosen |= {n: p for n, p in model.named_parameters() if n.startswith(f"{backbone}pooler")}
-    refuse_placeholders(model, chosen, f"head={kind!r}")
-    return OwnParameters("head", chosen)
+    pooler = f"{model.base_model_prefix}.pooler"
+    return chosen | {n: p for n, p in model.named_parameters() if n.startswith(pooler)}
+
+
+def _outside_the_backbone(model: PreTrainedModel) -> set[str]:
+    """The names of the parameters that stand after the backbone.
+
+    Some models have no module for the backbone and hold its parts themselves (T5 for question answering): there, the
+    backbone's own class says which parts are its.
+    """
+    names = {n for n, _ in model.named_parameters() if not n.startswith("foreword.")}
+    if hasattr(model, model.base_model_prefix):
+        return {n for n in names if not n.startswith(f"{model.base_model_prefix}.")}
+    try:
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(copy.deepcopy(model.config))
+    except ValueError:
+        return set()
+    return names - {n for n, _ in backbone.named_parameters()}

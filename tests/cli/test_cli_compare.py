@@ -176,3 +176,8 @@ def test_ctrl_c_is_clean_and_the_comparison_goes_on(folder, told, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout)
     assert record["missing_runs"] == 0 and finished < set(record["runs"]) and len(record["runs"]) == 8
+
+
+def test_extrapolation_over_a_task_of_ones_own_asks_for_the_slot(run, told, tmp_path):
+    code, _, err = run("--model", "m", "--out", tmp_path / "o", "--preset", "extrapolation", "--task", told)
+    assert code == 1 and "give --without SLOT" in " ".join(err.split()) and "area" not in err

@@ -160,3 +160,12 @@ def test_refused_before_any_question_is_made(
 
     assert code == 1 and re.search(said, err.replace("\n", " ")), err
     assert not (tmp_path / "out").exists() and "Traceback" not in err
+
+
+def test_own_questions_as_whole_examples(run, folder, document, tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"input": "What is the film?", "output": " A lovely old one."}\n')
+    code, _, err = run(
+        "--model", folder, "--document", document, "--out", tmp_path / "out", "--questions", mine, *SMALL
+    )
+    assert code == 0 and "data: 1 example," in err, err

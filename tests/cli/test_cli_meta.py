@@ -129,3 +129,13 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and "--algorithm" in done.stdout, done.stderr
+
+
+def test_columns_of_one_task(run, folder, tasks, tmp_path):
+    named = tmp_path / "named.jsonl"
+    rows = [{"said": zoo.SENTENCES[0][:i], "output": zoo.SENTENCES[0][i:], "n": i} for i in range(5, 14)]
+    named.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    given = ["--model", folder, *tasks, "--task", f"new={named}", *SMALL, "--out", tmp_path / "p", "--json"]
+    assert run("meta", *given)[0] == 1
+    code, _, err = run("meta", *given, "--column", "new:input=said", "--where", "new:n=5", "--batch-size", 1)
+    assert code == 0 and "new: 1 example" in err, err

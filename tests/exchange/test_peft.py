@@ -7,6 +7,7 @@ import json
 import peft
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import save_file
 
 import foreword as fw
@@ -123,3 +124,77 @@ def test_damaged_and_strange_folders(tmp_path):
         read_peft(folder("wide", rows={"prompt_embeddings": torch.zeros(3, width + 8)}), model)
     with pytest.raises(MismatchError, match="is no decoder"):
         read_peft(good, zoo.build("t5"))
+
+
+# ---------------------------------------------------------------- heads that PEFT trained beside the virtual tokens
+
+
+def headed(task, labels=3):
+    name = {
+        "SEQ_CLS": "SequenceClassification",
+        "TOKEN_CLS": "TokenClassification",
+        "QUESTION_ANS": "QuestionAnswering",
+    }
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**zoo._DEC, **({} if task == "QUESTION_ANS" else {"num_labels": labels}))
+    return getattr(tf, f"LlamaFor{name[task]}")(config).eval()
+
+
+def said(model):
+    with torch.no_grad():
+        out = model(input_ids=zoo.ids())
+    return out.logits if "logits" in out else torch.stack((out.start_logits, out.end_logits), -1)
+
+
+def saved(task, folder):
+    peer = peft.get_peft_model(headed(task), peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=P))
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.5)
+    peer.eval().save_pretrained(folder)
+    return peer
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_a_trained_head_comes_along(task, tmp_path):
+    want = said(saved(task, tmp_path))
+    model = headed(task)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith(f"{model.base_model_prefix}."):
+                parameter.zero_()
+    base = said(model)
+    prefix = read_peft(tmp_path, model)
+    prefix.save(tmp_path / "ours")
+    tuning = fw.attach(model, fw.Prefix.load(tmp_path / "ours"))
+    torch.testing.assert_close(said(model), want, atol=1e-4, rtol=1e-4)
+    tuning.detach()
+    assert torch.equal(said(model), base)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_a_head_for_another_model_is_refused_by_name(task, tmp_path):
+    saved(task, tmp_path)
+    with pytest.raises(MismatchError, match=r"trained head \(base_model\.score\..*AutoModelFor"):
+        read_peft(tmp_path, zoo.build("llama"))
+    with pytest.raises(MismatchError, match=r"score\.\w+ of shape \(3,.*\(5,"):
+        read_peft(tmp_path, headed(task, 5))
+
+
+def test_more_than_a_head_is_refused_by_name(tmp_path):
+    saved("SEQ_CLS", tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
+    with pytest.raises(PrefixFileError, match=r"base_model\.score\.weight"):
+        read_peft(tmp_path, headed("SEQ_CLS"))
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "modules_to_save": ["score"]}))
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({**tensors, "base_model.odd.weight": torch.zeros(2)}, tmp_path / WEIGHTS)
+    with pytest.raises(MismatchError, match=r"odd\.weight"):
+        read_peft(tmp_path, headed("SEQ_CLS"))
+    save_file({n: t for n, t in tensors.items() if "score" not in n}, tmp_path / WEIGHTS)
+    with pytest.raises(PrefixFileError, match="score"):
+        read_peft(tmp_path, headed("SEQ_CLS"))

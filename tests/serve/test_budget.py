@@ -229,3 +229,23 @@ def test_a_model_in_half_precision(library):
     before = [answer(held, f"t{s}") for s in range(3)]
     assert all(torch.equal(answer(held, f"t{s}"), before[s]) for s in range(3))
     assert held.usage.tiers["device"].nbytes == 4 * TOKEN // 2
+
+
+@pytest.mark.parametrize("action", ["compress", "shorten"])
+def test_whoever_ranks_lowest_is_made_small_first(library, action):
+    """A newcomer only if it is the lowest, or the lowest one's smaller size is not enough."""
+
+    def add(held, name, seed, priority):
+        prefix = make(20, seed)
+        shares = {n: torch.rand(2, 20, generator=torch.Generator().manual_seed(seed)) for n in prefix.keys}
+        held.add(name, prefix, priority=priority, **({"shares": shares} if action == "shorten" else {}))
+
+    def small(held):
+        return {n for n, use in held.usage.tasks.items() if use.nbytes < 20 * TOKEN}
+
+    for priorities, want in (((-1, 5), {"old"}), ((5, -1), {"new"}), ((0, 0), {"new"})):
+        held = library(35, when_full=f"{action},refuse")
+        add(held, "old", 0, priorities[0])
+        add(held, "new", 1, priorities[1])
+        assert small(held) == want, priorities
+        assert held.usage.tiers["device"].nbytes <= 35 * TOKEN

@@ -53,7 +53,7 @@ class TaskSources:
             )
         return cls({
             name: Source(
-                data=data, valid=valid.get(name), column=_own(column, name, named), where=_own(where, name, named), **shared
+                data=data, valid=valid.get(name), column=own(column, name, named), where=own(where, name, named), **shared
             )
             for name, data in named.items()
         })  # fmt: skip
@@ -74,7 +74,7 @@ class TaskSources:
         return train, valid
 
 
-def _own(options: Sequence[str], task: str, tasks: Mapping[str, str]) -> list[str]:
+def own(options: Sequence[str], task: str, tasks: Mapping[str, str]) -> list[str]:
     """The options that are for all tasks or for this one, without its name."""
     found = []
     for option in options:

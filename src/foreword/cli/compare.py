@@ -130,6 +130,11 @@ def _task(
     if name == "reviews":
         other = other_reviews(Limits(**limits))
         return replace(found, name=other.name, tests=other.tests, note=f"{found.note} {other.note}")
+    if without is None and name != "e2e":
+        raise ConfigError(
+            f"preset extrapolation leaves a slot of tables out of training (name[...] in the inputs), and for the task "
+            f"{name} none is named; give --without SLOT, or another preset"
+        )
     return without_slot(found, without or "area", Limits(**limits))
 
 

@@ -151,7 +151,7 @@ class Asking:
                     console=console,
                 )  # fmt: skip
                 rows = [r for r in rows if "answer" in r] + written
-            return [*examples, *examples_of(rows, tokenizer, chat=self.chat)]
+            return [*examples, *(examples_of(rows, tokenizer, chat=self.chat) if rows else ())]
         if not self.count + self.passages:
             raise ConfigError(
                 "--count 0 --passages 0 leaves nothing to learn from; give some of either, or --questions"

@@ -109,6 +109,8 @@ def _print(name: str, prefix: Prefix, record: dict[str, Any]) -> None:
     if without:
         kinds = ", ".join(k for k in types if "attention" not in k or "linear" in k)
         console.print(f"{without} of {sum(types.values())} layers have no attention to prefix ({kinds})")
+    if unreached := record["metadata"].get("unreached"):
+        console.print(f"nothing stands in the encoder ({unreached}), whose attention foreword doesn't reach")
     table = Table(
         Column("site", overflow="fold", min_width=26),
         "kind",

@@ -12,6 +12,7 @@ from typer import Option
 from foreword.cli._data import Source
 from foreword.cli._methods import Gate, Method, Reparam, configs
 from foreword.cli._shared import pairs, print_json, quiet
+from foreword.cli._tasks import own
 
 _PREFIX, _DATA, _RUN = "Prefix", "Data", "Run"
 
@@ -46,8 +47,8 @@ def run(
     visible: Annotated[str, Option(help="Who sees the prefix: all, infix, infix:1, first:16, window:4:32.", rich_help_panel=_PREFIX)] = "all",
     gate: Annotated[Gate, Option(help="Learned weight of the prefix.", rich_help_panel=_PREFIX)] = Gate.none,
     start: Annotated[Path | None, Option(help="Begin from this saved prefix instead.", rich_help_panel=_PREFIX)] = None,
-    column: Annotated[list[str] | None, Option(help="Map a column, of all tasks: input=question (several).", rich_help_panel=_DATA)] = None,
-    where: Annotated[list[str] | None, Option(help="Keep rows only, of all tasks: label=1 (several).", rich_help_panel=_DATA)] = None,
+    column: Annotated[list[str] | None, Option(help="Map a column: input=question (several); of one task reviews:input=question.", rich_help_panel=_DATA)] = None,
+    where: Annotated[list[str] | None, Option(help="Keep rows only: label=1 (several); of one task reviews:label=1.", rich_help_panel=_DATA)] = None,
     split: Annotated[str | None, Option(help="Split of datasets names.", rich_help_panel=_DATA)] = None,
     limit: Annotated[int | None, Option(min=1, help="Use the first N examples of each task.", rich_help_panel=_DATA)] = None,
     max_length: Annotated[int, Option(min=1, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 512,
@@ -94,7 +95,12 @@ def run(
             method or [Method.prefix], length=length, init=init, repeat=repeat, reparam=reparam, depth=depth, hidden=hidden,
             rank=rank, memory_rank=memory_rank, width=width, sites=sites, kinds=kinds, visible=visible, gate=gate, seed=seed,
         )  # fmt: skip
-    sources = {n: Source(f, None, None, column or (), where or (), split, limit, max_length, seed) for n, f in files.items()}  # fmt: skip
+    sources = {
+        n: Source(
+            f, None, None, own(column or (), n, files), own(where or (), n, files), split, limit, max_length, seed
+        )
+        for n, f in files.items()
+    }
     examples = {name: source.read() for name, source in sources.items()}
     base, tokenizer = load_model(model, dtype=dtype, attn=attn, quantize=quantize)
     tasks = {name: source.encode(examples[name], tokenizer, base)[0] for name, source in sources.items()}

@@ -20,11 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foreword._begun import write_whole
+from foreword._wrapped import unwrapped
 from foreword.cacheable import check_all_layers, check_cacheable, for_cache, layer_number
-from foreword.errors import MismatchError, PrefixFileError
+from foreword.errors import ConfigError, MismatchError, PrefixFileError
 from foreword.hub import located
 from foreword.prefix import Prefix
 from foreword.sites import Site, sites
+from foreword.weights import head_parameters
 
 CONFIG, WEIGHTS, PICKLE, EMBEDDINGS = (
     "adapter_config.json",
@@ -32,11 +34,12 @@ CONFIG, WEIGHTS, PICKLE, EMBEDDINGS = (
     "adapter_model.bin",
     "prompt_embeddings",
 )
+_HEADS = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token", "QUESTION_ANS": "question"}
 _INSTEAD = "Use it with foreword, which needs no PEFT"
 
 
 def read_peft(folder: str | Path, model: PreTrainedModel, *, keep_positions: bool = False) -> Prefix:
-    """A prefix that PEFT trained (``PrefixTuningConfig``), for text that starts at position 0.
+    """A prefix that PEFT trained (``PrefixTuningConfig``), for text that starts at position 0, with its trained head.
 
     Args:
         folder: here, or on a hub (``"hf://owner/name"``).
@@ -45,12 +48,15 @@ def read_peft(folder: str | Path, model: PreTrainedModel, *, keep_positions: boo
             rotary are always left so.
 
     Raises:
-        PrefixFileError: files are missing, damaged, or of another method.
-        MismatchError: it is for another model.
+        PrefixFileError: files are missing, damaged, of another method, or hold what can't be read.
+        MismatchError: it is for another model, or its trained head is for another one.
     """
+    model = unwrapped(model)
     folder = located(folder, (CONFIG, WEIGHTS))
     config = _config(folder)
-    rows = _embeddings(folder, config)
+    tensors = _tensors(folder)
+    rows = _embeddings(folder, config, tensors.pop(EMBEDDINGS, None), tensors)
+    head = _head(folder, config, tensors, model)
     found = [s for s in sites(model) if s.kind == "self" and not s.tower]
     first = _uniform(found, model)
     length, width = rows.shape
@@ -63,12 +69,12 @@ def read_peft(folder: str | Path, model: PreTrainedModel, *, keep_positions: boo
         )
     # (token, layer, key or value, head, dim) -> (layer, key or value, head, token, dim)
     states = rows.view(length, len(found), 2, first.kv_heads, first.key_dim).permute(1, 2, 3, 0, 4)
-    tensors = {
+    by_site = {
         s.name: (keys.contiguous(), values.contiguous()) for s, (keys, values) in zip(found, states, strict=True)
     }
-    prefix = Prefix.from_tensors(model, tensors, position_offset=length)
+    prefix = Prefix.from_tensors(model, by_site, position_offset=length)
     source = {"format": "peft", "base_model": config.get("base_model_name_or_path")}
-    prefix = replace(prefix, metadata={**prefix.metadata, "from": source})
+    prefix = replace(prefix, metadata={**prefix.metadata, "from": source}, **head)
     movable = all(s.name in prefix.rotations for s in found)
     return prefix.shift(-length) if movable and not keep_positions else prefix
 
@@ -130,8 +136,42 @@ def _config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _embeddings(folder: Path, config: dict[str, Any]) -> Tensor:
-    """``(P, numbers a virtual token)``, checked."""
+def _head(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Any]:
+    """What was trained beside the virtual tokens (``modules_to_save``), as a prefix keeps a head; empty: nothing.
+
+    Raises:
+        PrefixFileError: it is not the head of a task, or it is missing.
+        MismatchError: it is not the model's.
+    """
+    kept = ", ".join(sorted(tensors)) or ", ".join(config.get("modules_to_save") or ())
+    task = config.get("task_type")
+    if not kept:
+        return {}
+    if not tensors:
+        raise PrefixFileError(f"{folder} says that it holds trained modules ({kept}), and its {WEIGHTS} has none")
+    if task not in _HEADS:
+        raise PrefixFileError(
+            f"{folder} holds more than virtual tokens: {kept}. Of what PEFT trains beside them, foreword reads the "
+            f"heads of {', '.join(_HEADS)}, and this adapter is of task type {task}"
+        )
+    try:
+        part = head_parameters(model, _HEADS[task])
+    except ConfigError as exc:
+        raise MismatchError(f"{folder} holds a trained head ({kept}) of task type {task}: {exc}") from exc
+    named = {n.removeprefix("base_model."): t for n, t in tensors.items()}
+    there = part.tensors()  # what PEFT did not train is as the model has it
+    odd = next((n for n, t in named.items() if n not in there or there[n].shape != t.shape), None)
+    if odd is not None:
+        here = f"it of shape {tuple(there[odd].shape)}" if odd in there else f"one of {', '.join(there)}"
+        raise MismatchError(
+            f"{folder} holds a trained head with {odd} of shape {tuple(named[odd].shape)}, and {type(model).__name__} "
+            f"has {here}; load the model as the adapter was trained (num_labels)"
+        )
+    record = {"method": "head", "kind": _HEADS[task]}
+    return {"parts": (record,), "weights": {f"head/{n}": t for n, t in {**there, **named}.items()}}
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
         if (folder / PICKLE).is_file():
@@ -141,14 +181,16 @@ def _embeddings(folder: Path, config: dict[str, Any]) -> Tensor:
             )
         raise PrefixFileError(f"{folder} holds no {WEIGHTS}; give the folder that PEFT's save_pretrained wrote")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as exc:
         raise PrefixFileError(f"{path} can't be read: {exc}") from exc
-    rows = tensors.get(EMBEDDINGS)
+
+
+def _embeddings(folder: Path, config: dict[str, Any], rows: Tensor | None, others: dict[str, Tensor]) -> Tensor:
+    """``(P, numbers a virtual token)``, checked."""
+    path = folder / WEIGHTS
     if rows is None or rows.ndim != 2 or not rows.is_floating_point():
-        raise PrefixFileError(
-            f"{path} holds no matrix {EMBEDDINGS!r}; it has {', '.join(sorted(tensors)) or 'nothing'}"
-        )
+        raise PrefixFileError(f"{path} holds no matrix {EMBEDDINGS!r}; it has {', '.join(sorted(others)) or 'nothing'}")
     if rows.shape[0] != config.get("num_virtual_tokens"):
         raise PrefixFileError(
             f"{path} has {rows.shape[0]} virtual tokens and {CONFIG} says {config.get('num_virtual_tokens')}"

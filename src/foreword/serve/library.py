@@ -15,8 +15,10 @@ from foreword import _interface
 from foreword._memo import watch_passes
 from foreword._offloaded import device_of
 from foreword._queries import Queries
+from foreword._renamed import fitted as under_the_models_names
 from foreword._text_positions import TextPositions
 from foreword._views import SitePrefix
+from foreword._wrapped import unwrapped
 from foreword.conditional import part_of
 from foreword.errors import AttachError, ConfigError, MismatchError
 from foreword.generation import write_on
@@ -57,6 +59,7 @@ class Library:
         budget: Budget | None = None,
         example_inputs: Mapping[str, Any] | None = None,
     ) -> None:
+        model = unwrapped(model)
         require_detached(model)
         self.model = model
         self.sites: list[Site] = find_sites(model, example_inputs)
@@ -135,6 +138,7 @@ class Library:
                 f"task {name!r} brings {prefix.parts[0]['method']}, which changes the model for all rows; a library "
                 "holds prefixes and memories. Attach it to the model instead: fw.attach(model, prefix)"
             )
+        prefix = under_the_models_names(prefix, self.model, self.sites)
         prefix.check_fits(self.model, self.sites, force=force)
         if prefix.position_offset:
             if self.positions.studied:  # on this model, whatever the file says

@@ -64,7 +64,10 @@ class Room:
             if self.on_device.has(held.size):
                 break
             if action != MOVE:
-                self._shrink(held, action)
+                # Of its own rank it is the one used longest ago: after those of lower ones, before the others.
+                self._act(action, self._victims(held.priority - 1, without), held.size)
+                if not self.on_device.has(held.size):
+                    self._shrink(held, action)
                 self._act(action, self._victims(held.priority, without), held.size)
                 continue
             below = self._victims(held.priority - 1, without)
