@@ -416,6 +416,22 @@ def test_a_checkpoint_function_of_the_callers_is_right_or_refused():
         first.backward()
 
 
+@pytest.mark.parametrize("visible", ["infix", "first:4"])
+def test_compiled_code_has_the_boundary_of_each_call(visible):
+    torch._dynamo.reset()
+    model, ids = zoo.build("llama"), zoo.ids(2, 8)
+    fw.attach(model, prefix_for(model, visible), trainable=True)
+    compiled = torch.compile(model, backend="eager")
+    labels = ids.clone()
+    labels[:, :3] = -100
+    for more in ({"labels": labels}, {"boundary": torch.tensor([5, 2])}, {"labels": ids}):
+        with torch.set_grad_enabled("boundary" not in more):
+            close(compiled(input_ids=ids, **more).logits, model(input_ids=ids, **more).logits)
+    if visible == "infix":
+        with pytest.raises(fw.AttachError, match="nobody said"):
+            compiled(input_ids=ids)
+
+
 # ---------------------------------------------------------------- trainers
 
 

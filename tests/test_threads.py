@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -372,3 +373,9 @@ def test_a_copy_of_the_model_is_in_no_block():
             parameter.zero_()
     with own.given(task="b"):
         assert torch.equal(other.generate(ids, **GREEDY), want)
+    assert torch.equal(
+        pickle.loads(pickle.dumps(own)).bake(task="b").keys[own.sites[0].name],
+        own.bake(task="b").keys[own.sites[0].name],
+    )
+    own.detach()
+    assert not other._forward_pre_hooks and "generate" not in other.__dict__

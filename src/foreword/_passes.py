@@ -7,7 +7,6 @@ in the backward. It stands on the pass (``foreword._under_way``); passes without
 from __future__ import annotations
 
 import inspect
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +45,9 @@ class Passes:
         self.made: Made | None = None  # those of the last pass without gradients
         self.handles: list[Any] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Passes:
-        """A copy of the model makes its own: what a pass made has a graph, which can't be copied."""
-        copy = Passes.__new__(Passes)
-        memo[id(self)] = copy
-        for name, value in self.__dict__.items():
-            copy.__dict__[name] = None if name in ("fixed", "made") else deepcopy(value, memo)
-        return copy
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model makes its own views: what a pass made has a graph, which can't be copied."""
+        return {**self.__dict__, "fixed": None, "made": None}
 
     @property
     def by_pass(self) -> bool:

@@ -68,15 +68,9 @@ class Watch:
         self.compiled = 0  # calls that are open in compiled code
         self.handles: list[Any] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+    def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has no pass under way, and none whose backward is to come."""
-        from copy import deepcopy
-
-        copy = Watch.__new__(Watch)
-        memo[id(self)] = copy
-        copy.model, copy.begin = deepcopy(self.model, memo), deepcopy(self.begin, memo)
-        copy.latest, copy.compiled, copy.handles = None, 0, deepcopy(self.handles, memo)
-        return copy
+        return {**self.__dict__, "latest": None, "compiled": 0}
 
     def install(self) -> None:
         for module in self.model.modules():
