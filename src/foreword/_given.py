@@ -22,15 +22,7 @@ from foreword.errors import AttachError, ConfigError, nearest
 Task = str | Sequence[str] | Tensor
 
 
-class Inside:
-    """What holds in a block of ``tuning.given``, and what was made of it for the passes in the block."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-        self.made: Any = None
-
-
-_INSIDE: ContextVar[Mapping[Given, Inside]] = ContextVar("foreword_given", default=MappingProxyType({}))
+_INSIDE: ContextVar[Mapping[Given, Tensor]] = ContextVar("foreword_given", default=MappingProxyType({}))
 
 
 class Given:
@@ -49,7 +41,7 @@ class Given:
         """Inside the block, passes in this context are given this."""
         with self._lock:
             self.open += 1
-        token = _INSIDE.set({**_INSIDE.get(), self: Inside(value)})
+        token = _INSIDE.set({**_INSIDE.get(), self: value})
         try:
             yield
         finally:
@@ -58,7 +50,7 @@ class Given:
                 self.open -= 1
 
     @property
-    def inside(self) -> Inside | None:
+    def inside(self) -> Tensor | None:
         """What holds in this context."""
         return _INSIDE.get().get(self)
 

@@ -1,12 +1,15 @@
 """Forward passes: when the prefix is made anew, and where the text starts.
 
 A trained prefix is made once a pass and read by every layer, also by those that gradient checkpointing runs again
-in the backward. It stands on the pass (``foreword._under_way``); passes without gradients of the same numbers share it.
+in the backward. It stands on the pass (``foreword._under_way``); those of one call of ``generate`` share it.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +36,17 @@ class Made:
     views: dict[str, SitePrefix]
 
 
+class _Kept:
+    """What a call of ``generate`` keeps between its tokens."""
+
+    def __init__(self, passes: Passes, outer: _Kept | None) -> None:
+        self.passes, self.outer = passes, outer
+        self.made: Made | None = None
+
+
+_KEPT: ContextVar[_Kept | None] = ContextVar("foreword_kept", default=None)
+
+
 class Passes:
     """The views that a :class:`~foreword.tuning.Tuning` gives its attention sites, pass by pass."""
 
@@ -42,12 +56,11 @@ class Passes:
         self.watch = Watch(tuning.model, self._begin)
         self.changes = 0  # of what views are made of, beside numbers
         self.fixed: dict[str, SitePrefix] | None = None  # the views where all passes have the same
-        self.made: Made | None = None  # those of the last pass without gradients
         self.handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model makes its own views: what a pass made has a graph, which can't be copied."""
-        return {**self.__dict__, "fixed": None, "made": None}
+        return {**self.__dict__, "fixed": None}
 
     @property
     def by_pass(self) -> bool:
@@ -89,12 +102,12 @@ class Passes:
     def forget(self) -> None:
         """Something that the views were made of has changed."""
         self.changes += 1
-        self.fixed = self.made = None
+        self.fixed = None
 
     def _built(self, now: Pass | None) -> dict[str, SitePrefix]:
         given, rows = None, None
         if self.tuning.encoder.asks is not None:
-            found = self._given(now)[0] if now is not None else None
+            found = self._given(now) if now is not None else None
             if found is None:
                 raise self.given.missing(self.tuning.encoder)
             given, rows = by_task(found, self.tuning.encoder)
@@ -145,27 +158,39 @@ class Passes:
             # Now and not in the first layer, whose activations gradient checkpointing throws away.
             now.views = self._built(now)
             return
-        # Generation calls the model once a token: the same parameters give the same prefix.
-        if self.tuning.encoder.training and self.tuning.encoder.dropout:
+        # Generation calls the model once a token: the same parameters give the same prefix. Other passes make it anew,
+        # since not every change of a parameter shows (``.data``, fused optimizers, functional calls).
+        kept = None if torch.compiler.is_compiling() else _KEPT.get()
+        while kept is not None and kept.passes is not self:
+            kept = kept.outer
+        if kept is None or (self.tuning.encoder.training and self.tuning.encoder.dropout):
             return
-        given, keeper = self._given(now)
+        given = self._given(now)
         if given is not None and given.is_inference():
             return
         versions = (self.changes, *(p._version for p in self.tuning.holder.parameters()))
         versions += (given._version,) if given is not None else ()
-        made = keeper.made
+        made = kept.made
         if made is not None and made.of == versions and made.given is given:
             now.views = made.views
             return
         now.views = self._built(now)
-        keeper.made = Made(versions, given, now.views)
+        kept.made = Made(versions, given, now.views)
 
-    def _given(self, now: Pass) -> tuple[torch.Tensor | None, Any]:
-        """What a pass is given, and who keeps what is made of it: each block its own, as threads take turns."""
-        if now.given is not None or self.tuning.encoder.asks is None:
-            return now.given, self
-        inside = self.given.inside
-        return (None, self) if inside is None else (inside.value, inside)
+    @contextmanager
+    def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """What ``generate`` runs in: its passes share what they read."""
+        token = _KEPT.set(_Kept(self, _KEPT.get()))
+        try:
+            yield
+        finally:
+            _KEPT.reset(token)
+
+    def _given(self, now: Pass) -> torch.Tensor | None:
+        """What a pass is given: by the call, or by a block in this context."""
+        inside = self.given.inside if now.given is None and self.tuning.encoder.asks is not None else None
+        found: torch.Tensor | None = now.given if inside is None else inside
+        return found
 
     def _move_text(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]

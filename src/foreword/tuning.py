@@ -380,7 +380,9 @@ class Tuning:
             self.queries = Queries(self.model, self.sites, offset=self.position_offset, watch=self._passes.watch)
             self.queries.install()
             self._generate.around.append(self.queries.generating)
-        if self.queries is not None or self.encoder.asks is not None:
+        if self._passes.by_pass:
+            self._generate.around.append(self._passes.generating)
+        if self._generate.around:
             self._generate.install()
 
     def _place(self, trainable: bool) -> None:
