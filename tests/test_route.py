@@ -336,7 +336,23 @@ def test_nothing_of_a_pass_outlives_it(trainable):
     model(input_ids=zoo.ids(1, 60)).logits.sum().backward()
     with pytest.raises(IndexError):
         model(input_ids=torch.tensor([[9999]]))
-    assert (_memo.current.depth, _memo.current.memo, _memo.current.kept) == (0, {}, {})
+    assert (_memo.current.open, _memo.current.memo, _memo.current.kept) == ([], {}, {})
     tuning.detach()
     assert not any(name.startswith("_forward") and getattr(m, name) for m in model.modules() for name in vars(m)
                    if name in ("_forward_hooks", "_forward_pre_hooks"))  # fmt: skip
+
+
+def test_a_pass_that_was_interrupted_leaves_nothing_to_the_next():
+    model = zoo.build("llama")
+    fw.attach(model, _prefix(model))
+    want = zoo.logits(model, input_ids=zoo.ids())
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=zoo.ids())
+    handle.remove()
+    assert torch.equal(zoo.logits(model, input_ids=zoo.ids()), want)
+    assert _memo.current.open == []

@@ -398,3 +398,34 @@ def test_a_prefix_goes_onto_the_backbone_alone_and_back(tmp_path):
     torch.testing.assert_close(zoo.logits(whole, input_ids=x), want, atol=1e-5, rtol=1e-5)
     with pytest.raises(fw.MismatchError):  # other weights: the names prove nothing
         fw.attach(zoo.build("llama", seed=1).model, prefix)
+
+
+@pytest.mark.parametrize("options", [{}, {"reparam": "mlp", "hidden": 8}, {"reparam": "low-rank", "hidden": 2}])
+@pytest.mark.parametrize("how", ["data.copy_", "data =", "vector", "copy_", "functional"])
+def test_a_change_of_the_numbers_is_seen_by_passes_without_gradients(options, how):
+    """However they were changed: averages that are swapped in, a vector put back, another model's numbers."""
+    model, tuning = attached("llama", fw.PrefixConfig(length=3, init="random", **options))
+    ids, parameters = zoo.ids(), list(tuning.parameters())
+    with torch.no_grad():
+        model(ids)
+        before = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, output_logits=True).logits[0]
+        new = [p + 0.5 for p in parameters]
+        named = {f"foreword.{n}": v for (n, _), v in zip(tuning.named_parameters(), new, strict=True)}
+        if how == "functional":
+            found = torch.func.functional_call(model, named, (ids,)).logits
+        for parameter, value in zip(parameters, new, strict=True):
+            if how == "data.copy_":
+                parameter.data.copy_(value)
+            elif how == "data =":
+                parameter.data = value.clone()
+            else:
+                parameter.copy_(value)
+        if how == "vector":
+            torch.nn.utils.vector_to_parameters(torch.cat([n.flatten() for n in new]), parameters)
+        if how != "functional":
+            found = model(ids).logits
+        after = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, output_logits=True).logits[0]
+    want = model(ids).logits.detach()  # a pass with gradients makes its own
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(after, want[:, -1])
+    assert not torch.allclose(before, after, atol=1e-3)

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foreword._queries import boundary
+    from foreword._boundary import boundary
     from foreword.attention import attention_path
     from foreword.compression import compress
     from foreword.config import PrefixConfig
@@ -61,7 +61,7 @@ __version__ = "0.1.0"
 # Names are looked up when first used, so that `foreword --help` doesn't wait for torch.
 _HOMES = {
     "attention_path": "attention",
-    "boundary": "_queries",
+    "boundary": "_boundary",
     **dict.fromkeys(
         ("AdapterConfig", "BitFitConfig", "FullConfig", "LoRAConfig", "MemoryConfig", "PromptConfig"), "methods"
     ),

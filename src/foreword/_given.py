@@ -6,7 +6,11 @@ out again; code that can't change the call (``generate``) runs inside ``with tun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,12 +22,37 @@ from foreword.errors import AttachError, ConfigError, nearest
 Task = str | Sequence[str] | Tensor
 
 
+_INSIDE: ContextVar[Mapping[Given, Tensor]] = ContextVar("foreword_given", default=MappingProxyType({}))
+
+
 class Given:
-    """What a model's next pass, or its passes inside a block, are given."""
+    """What a model's passes inside a block are given: each context (thread, asyncio task) has its own blocks."""
 
     def __init__(self) -> None:
-        self.inside: Tensor | None = None  # by tuning.given
-        self.told: Tensor | None = None  # by the call
+        self.open = 0  # blocks, in any context
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type[Given], tuple[()]]:
+        """A copy of the model is in no block."""
+        return Given, ()
+
+    @contextmanager
+    def block(self, value: Tensor) -> Iterator[None]:
+        """Inside the block, passes in this context are given this."""
+        with self._lock:
+            self.open += 1
+        token = _INSIDE.set({**_INSIDE.get(), self: value})
+        try:
+            yield
+        finally:
+            _INSIDE.reset(token)
+            with self._lock:
+                self.open -= 1
+
+    @property
+    def inside(self) -> Tensor | None:
+        """What holds in this context."""
+        return _INSIDE.get().get(self)
 
     def read(self, encoder: PrefixEncoder, tasks: Sequence[str], condition: Any, task: Task | None) -> Tensor:
         """Condition vectors ``(R, C)``, or numbers of tasks ``(R,)``.
@@ -40,32 +69,28 @@ class Given:
             raise ConfigError(f"this prefix is given a {asks} and nothing else; expected {expected}")
         return _vectors(value, int(encoder.condition or 0)) if asks == "condition" else _numbers(value, tasks)
 
-    def take(self, encoder: PrefixEncoder, tasks: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Take what is ours out of a call's arguments."""
-        told = {name: kwargs[name] for name in ("condition", "task") if kwargs.get(name) is not None}
-        self.told = self.read(encoder, tasks, told.get("condition"), told.get("task")) if told else None
-        return {k: v for k, v in kwargs.items() if k not in ("condition", "task")}
+    def take(
+        self, encoder: PrefixEncoder, tasks: Sequence[str], kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """What a call's arguments say of it, and the arguments without it."""
+        said = {name: kwargs[name] for name in ("condition", "task") if kwargs.get(name) is not None}
+        found = self.read(encoder, tasks, said.get("condition"), said.get("task")) if said else None
+        return found, {k: v for k, v in kwargs.items() if k not in ("condition", "task")}
 
-    @property
-    def now(self) -> Tensor | None:
-        """What holds in this pass, if anything."""
-        return self.told if self.told is not None else self.inside
-
-    def rows(self, encoder: PrefixEncoder) -> Tensor | None:
-        """What holds in this pass.
-
-        Raises:
-            AttachError: nothing was given, and the encoder asks for something.
-        """
-        if encoder.asks is None:
-            return None
-        found = self.now
-        if found is None:
-            raise AttachError(
-                f"the prefix of each row depends on its {encoder.asks}, and none was given; pass {encoder.asks}=... to "
-                f"the model's call, or call it (and generate) inside `with tuning.given({encoder.asks}=...)`"
+    def missing(self, encoder: PrefixEncoder) -> AttachError:
+        """Nothing was given, and the encoder asks for something."""
+        asks = encoder.asks
+        found = (
+            f"the prefix of each row depends on its {asks}, and none was given; pass {asks}=... to the model's call, "
+            f"or call it (and generate) inside `with tuning.given({asks}=...)`"
+        )
+        if self.open:
+            found += (
+                ". A block is open in another context, and a thread doesn't take over the block that it is started in; "
+                "hand it over, threading.Thread(target=contextvars.copy_context().run, args=(function,)), or open one "
+                "in the thread"
             )
-        return found
+        return AttachError(found)
 
 
 def _vectors(value: Any, size: int) -> Tensor:

@@ -28,11 +28,15 @@ class _Pass(threading.local):
     """The pass that runs in this thread."""
 
     def __init__(self) -> None:
-        self.depth = 0  # of models that call each other
+        self.open: list[nn.Module] = []  # models that are called, from outside in
         self.memo: dict[tuple[Any, ...], _Held] = {}
         self.kept: dict[tuple[Any, ...], Tensor] = {}
         self.step: Any = None  # what a step of generation decided in its first layer (foreword._step)
         self.padding: Tensor | None = None  # the mask of real tokens that the pass was called with
+
+    @property
+    def depth(self) -> int:
+        return len(self.open)
 
     def clear(self) -> None:
         self.memo, self.kept, self.step, self.padding = {}, {}, None, None
@@ -63,7 +67,7 @@ def memoised(source: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor], b
 
 def kept_in_pass(key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
     """``make()``, once per pass and key; outside of passes, each time."""
-    if is_compiling() or not current.depth:
+    if is_compiling() or not current.open:
         return make()
     found = current.kept.get(key)
     if found is None:
@@ -89,14 +93,17 @@ def watch_passes(model: PreTrainedModel) -> list[Any]:
 def _begin(module: nn.Module, args: Any) -> None:
     if is_compiling():
         return
-    if current.depth == 0:
+    if module in current.open:  # that call was interrupted, and its end not seen
+        current.open.clear()
+    if not current.open:
         current.clear()
-    current.depth += 1
+    current.open.append(module)
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:
     if is_compiling():
         return
-    current.depth = max(0, current.depth - 1)
-    if current.depth == 0:
+    if module in current.open:
+        del current.open[current.open.index(module) :]
+    if not current.open:
         current.clear()

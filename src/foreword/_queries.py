@@ -1,54 +1,27 @@
 """Where in the text the queries of a pass stand, for prefixes that not all of them see.
 
 Each stack of layers (a decoder, an encoder) is told its ids, mask and cache when it is called; a hook reads them.
-The boundary between input and output comes from the labels in training, from the prompt's length in ``generate``,
-or from :func:`boundary`.
+``foreword._boundary`` says where the output begins.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foreword.errors import AttachError, ConfigError
+from foreword._boundary import Call, find, keep, prompted
+from foreword._under_way import Watch
+from foreword.errors import AttachError
 from foreword.sites import Site
 from foreword.visibility import Visibility
-
-_BOUNDARY: ContextVar[Tensor | int | None] = ContextVar("foreword_boundary", default=None)
-
-
-@contextmanager
-def boundary(index: int | Tensor | Sequence[int]) -> Iterator[None]:
-    """Inside the block, the output begins at this index of the token sequence: one for all rows, or one a row.
-
-    Only infix prefixes ask for it, and only where neither labels nor ``generate`` say it.
-
-    Raises:
-        ConfigError: a negative index, or a tensor that isn't ``(B,)`` integers.
-    """
-    if isinstance(index, int):
-        value: int | Tensor = index
-        bad = index < 0
-    else:
-        value = torch.as_tensor(index)
-        bad = value.dim() != 1 or value.is_floating_point() or bool((value < 0).any())
-    if bad:
-        raise ConfigError(f"boundary({index}); expected the index of the first output token, one or one a row")
-    token = _BOUNDARY.set(value)
-    try:
-        yield
-    finally:
-        _BOUNDARY.reset(token)
 
 
 class Queries:
@@ -56,14 +29,13 @@ class Queries:
 
     Args:
         offset: position that the text starts at.
-        by_thread: whether passes run in several threads at once (serving). Training must not: gradient
-            checkpointing runs layers again in a thread of autograd's.
+        watch: knows the passes.
     """
 
-    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], *, offset: int, by_thread: bool) -> None:
+    def __init__(self, model: PreTrainedModel, sites: Sequence[Site], *, offset: int, watch: Watch) -> None:
         self.model = model
         self.offset = offset
-        self.state: Any = threading.local() if by_thread else SimpleNamespace()
+        self.watch = watch
         self.stack_of = {s.name: _stack(model, s.name) for s in sites}
         self.handles: list[Any] = []
 
@@ -72,16 +44,18 @@ class Queries:
         self.handles.append(self.model.register_forward_pre_hook(self._read_labels, with_kwargs=True))
         for name in dict.fromkeys(self.stack_of.values()):
             # A partial and a bound method, not closures: a deep copy of the model then has its own.
-            read = partial(self._read, name)
-            self.handles.append(self.model.get_submodule(name).register_forward_pre_hook(read, with_kwargs=True))
-        if hasattr(self.model, "generate"):
-            self.model.__dict__["generate"] = MethodType(_generate, self.model)
+            module = self.model.get_submodule(name)
+            self.handles.append(module.register_forward_pre_hook(partial(self._read, name), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(partial(self._cached, name)))
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self.model.__dict__.pop("generate", None)
+
+    def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """What ``generate`` runs in, with these arguments."""
+        return prompted(self.model, args, kwargs)
 
     def seen(self, site: str, rules: Sequence[Visibility], rows: Tensor | None, query: Tensor) -> Tensor | None:
         """Which queries of a site see the prefix: ``(B|1, S)`` bool, or None where all do.
@@ -90,8 +64,8 @@ class Queries:
             rules: one a task.
             rows: ``(R,)`` the task of each row, or None when there is one.
         """
-        stacks: dict[str, SimpleNamespace] = self.state.__dict__.setdefault("stacks", {})
-        now = stacks.get(self.stack_of[site])
+        under_way = self.watch.running()
+        now = under_way.stacks.get(self.stack_of[site]) if under_way is not None else None
         if now is None or now.length != query.shape[2]:
             raise AttachError(
                 f"{site} was called with {query.shape[2]} queries outside a pass of its model, so their positions are "
@@ -99,14 +73,17 @@ class Queries:
             )
         key = (tuple(rules), id(rows))
         if key not in now.seen:
-            now.seen[key] = self._evaluate(now, rules, rows, query)
-        found: Tensor | None = now.seen[key]
+            now.seen[key] = self._evaluate(now, rules, rows, query), rows  # held, so that its id stays its own
+        found: Tensor | None = now.seen[key][0]
         return found
 
     def _evaluate(
         self, now: SimpleNamespace, rules: Sequence[Visibility], rows: Tensor | None, query: Tensor
     ) -> Tensor | None:
-        each = [r.sees(now.positions, now.index, now.boundary).to(query.device) for r in rules]
+        infixes = [r.first for r in rules if r.kind == "infix"]
+        if infixes and now.boundary is None:
+            now.boundary = self._boundary(now.call, 0 in infixes)
+        each = [r.sees(now.positions, now.call.index, now.boundary).to(query.device) for r in rules]
         if rows is None:
             seen = each[0]
         else:
@@ -116,9 +93,14 @@ class Queries:
             seen = stacked[task, torch.arange(batch, device=query.device)]
         return None if bool(seen.all()) else seen
 
+    def _boundary(self, call: Call, exact: bool) -> Tensor | int:
+        return find(call, exact)
+
     def _read_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        now = self.watch.now
         labels = _bound(module, args, kwargs).get("labels")
-        self.state.labels = labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
+        if now is not None and isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+            now.labels = labels
 
     def _read(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = _bound(module, args, kwargs)
@@ -129,18 +111,27 @@ class Queries:
                 f"{type(module).__name__} was called with neither input_ids nor inputs_embeds, so the positions of its "
                 'queries are unknown; use visible="all" with this model'
             )
+        now = self.watch.now
+        if now is None:  # nobody watches this call: its sites will say so
+            return
         length, cache = inputs.shape[1], given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         index = (torch.arange(length, device=inputs.device) + past)[None]
-        stacks = self.state.__dict__.setdefault("stacks", {})
-        before = stacks.get(name)
-        stacks[name] = SimpleNamespace(
-            length=length,
-            index=index,
-            positions=self._positions(given, index),
-            boundary=self._boundary(length, past, before, inputs.shape[0]),
-            seen={},
+        call = Call(
+            length, past, inputs.shape[0], given.get("position_ids"), given.get("attention_mask"), cache, index,
+            self.model, now.boundary, now.labels,
+            reading=now.caches and not (module.training and torch.is_grad_enabled()),
+        )  # fmt: skip
+        now.stacks[name] = SimpleNamespace(
+            length=length, call=call, positions=self._positions(given, index), boundary=None, seen={}
         )
+
+    def _cached(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        """The cache that a call has made: who goes on from it has the same boundary."""
+        under_way, cache = self.watch.now, getattr(output, "past_key_values", None)
+        now = under_way.stacks.get(name) if under_way is not None else None
+        if now is not None and now.boundary is not None and cache is not None and now.call.cache is None:
+            keep(cache, now.boundary, now.call.guessed)
 
     def _positions(self, given: dict[str, Any], index: Tensor) -> Tensor:
         positions, mask = given.get("position_ids"), given.get("attention_mask")
@@ -149,30 +140,6 @@ class Queries:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -index.shape[1] :]
         return index
-
-    def _boundary(self, length: int, past: int, before: SimpleNamespace | None, batch: int) -> Tensor | int:
-        told, labels = _BOUNDARY.get(), getattr(self.state, "labels", None)
-        if isinstance(told, Tensor):
-            if batch % len(told):
-                raise AttachError(f"boundary names {len(told)} rows, but the batch has {batch}; give one a row")
-            return told.repeat_interleave(batch // len(told))[:, None]
-        if told is not None:
-            return told
-        if labels is not None and past == 0:
-            outputs = labels != -100
-            first = outputs.long().argmax(1)
-            return torch.where(outputs.any(1), first, labels.shape[1])[:, None]
-        # A first call without labels reads the input; what follows on its cache is the output.
-        return length if past == 0 or before is None else before.boundary
-
-
-def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """``generate`` of the model, which tells an infix where the prompt ends."""
-    length = _prompt_length(args, kwargs)
-    if length is None or _BOUNDARY.get() is not None:
-        return type(model).generate(model, *args, **kwargs)
-    with boundary(length):
-        return type(model).generate(model, *args, **kwargs)
 
 
 def _stack(model: PreTrainedModel, site: str) -> str:
@@ -195,11 +162,3 @@ def _bound(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, An
         return kwargs
     names = list(inspect.signature(module.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    first = args[0] if args else None
-    for given in (kwargs.get("input_ids"), kwargs.get("inputs"), first, kwargs.get("inputs_embeds")):
-        if isinstance(given, Tensor) and given.dim() >= 2:
-            return given.shape[1]
-    return None

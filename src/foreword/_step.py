@@ -85,7 +85,7 @@ def joint_mask(prefix: BatchPrefix, mask: Tensor | None, query: Tensor, keys: in
         )  # fmt: skip
     else:
         hidden = extend_mask(numbers, prefix.length, prefix.visible, prefix.bias)
-    if alike and query.shape[2] == 1 and not mask.is_inference() and not is_compiling() and current.depth:
+    if alike and query.shape[2] == 1 and not mask.is_inference() and not is_compiling() and current.open:
         current.step = (weakref.ref(mask), mask._version, prefix.length, hidden)
     return hidden
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from foreword._boundary import told
+from foreword._under_way import BOUNDARY
 from foreword.data.mixture import Rows
 from foreword.sites import evaluating, input_device
 
@@ -43,7 +45,9 @@ def example_losses(
             rows = order[start : start + batch_size]
             batch = dict(collator([dataset[i] for i in rows]))
             batch = prepare(batch) if prepare is not None else to_device(batch, model)
-            logits = model(**batch).logits
+            # Said beside the call: a model with nothing on it doesn't know this argument.
+            with told(counted=batch.pop(BOUNDARY, None), labels=batch.get("labels")):
+                logits = model(**batch).logits
             for i, row, labels in zip(rows, logits, batch["labels"], strict=True):
                 found[i] = _summed(row, labels, shift)
             if done is not None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from foreword import _interface
 from foreword._buffers import Buffers
+from foreword._generate import Generate
 from foreword._given import Task
 from foreword._holder import CHILD, PrefixHolder, SiteSlot, require_detached, tuning_of
 from foreword._offloaded import device_of, flags_of, set_flags
@@ -115,6 +116,7 @@ class Tuning:
         self.queries: Queries | None = None
         self._passes = Passes(self)
         self.holder.moved = self._passes.forget
+        self._generate = Generate(model)
         self._strength = 1.0
         self._flags = flags_of(model)
         self._buffers = Buffers()
@@ -153,6 +155,9 @@ class Tuning:
     def given(self, *, condition: Any = None, task: Task | None = None) -> Iterator[None]:
         """Inside the block, what the prefix of each row is made from (``generate`` needs it; a call can be told).
 
+        The block holds in its own context: threads and asyncio tasks don't disturb each other, and a thread that is
+        started in it is handed it by ``contextvars.copy_context().run``, or raises.
+
         Args:
             condition: vectors ``(B, C)``, or one ``(C,)`` for all rows, for ``PrefixConfig(condition=C)``.
             task: names (or numbers) one a row, or one for all, for ``PrefixConfig(tasks=...)``.
@@ -160,12 +165,8 @@ class Tuning:
         Raises:
             ConfigError: not what this prefix asks for.
         """
-        given, before = self._passes.given, self._passes.given.inside
-        given.inside = self.read_given(condition=condition, task=task)
-        try:
-            yield
-        finally:
-            given.inside = before  # a backward that is still to come has its views
+        with self._passes.given.block(self.read_given(condition=condition, task=task)):
+            yield  # a backward that is still to come has its views
 
     def read_given(self, *, condition: Any = None, task: Task | None = None) -> Tensor:
         """Condition vectors ``(R, C)`` or numbers of tasks ``(R,)``, checked."""
@@ -228,11 +229,15 @@ class Tuning:
 
     # ---------------------------------------------------------------- what the attention reads
 
-    def build_views(self) -> dict[str, SitePrefix]:
-        """Every site's keys and values for one forward pass; the encoder runs here, once."""
+    def build_views(self, given: Tensor | None = None, rows: Tensor | None = None) -> dict[str, SitePrefix]:
+        """Every site's keys and values for one forward pass; the encoder runs here, once.
+
+        Args:
+            given: what the encoder is given; None where it asks for nothing.
+            rows: which of what it makes each row reads; None: each its own, or all the only one.
+        """
         if self._strength == 0:
             return {}
-        given, rows = self._passes.rows()
         states = self.encoder(given)
         memory = self.holder.memory.factors() if self.holder.memory is not None else {}
         seen_by = (self.visible,) if self.visible.kind != "all" else None
@@ -329,6 +334,7 @@ class Tuning:
         for site in self.sites:
             self.model.get_submodule(site.name).__dict__.pop(_interface.SLOT, None)
         self._passes.remove()
+        self._generate.remove()
         if self.queries is not None:
             self.queries.remove()
         del self.model._modules[CHILD]
@@ -363,8 +369,13 @@ class Tuning:
                 self.model.get_submodule(site.name).__dict__[_interface.SLOT] = SiteSlot(site.name, self._passes)
         self._passes.install()
         if self.visible.kind != "all":
-            self.queries = Queries(self.model, self.sites, offset=self.position_offset, by_thread=False)
+            self.queries = Queries(self.model, self.sites, offset=self.position_offset, watch=self._passes.watch)
             self.queries.install()
+            self._generate.around.append(self.queries.generating)
+        if self._passes.by_pass:
+            self._generate.around.append(self._passes.generating)
+        if self._generate.around:
+            self._generate.install()
 
     def _place(self, trainable: bool) -> None:
         """Move what is ours to the model's device (weight parts are there), and a frozen prefix to its dtype."""

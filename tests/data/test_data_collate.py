@@ -27,14 +27,16 @@ def causal(ids: list[int], start: int) -> dict[str, list[int]]:
 def test_round_trip(rows: list[tuple[list[int], int]], to: int | None) -> None:
     examples = [causal(ids, min(start, len(ids))) for ids, start in rows]
     batch = Collator(PAD, pad_to_multiple_of=to)(examples)
-    assert list(batch) == ["input_ids", "attention_mask", "labels"]
+    assert list(batch) == ["input_ids", "attention_mask", "labels", "boundary"]
     longest = max(len(ids) for ids, _ in rows)
     length = batch["input_ids"].shape[1]
     assert longest <= length < longest + (to or 1)
     assert length % (to or 1) == 0
+    boundary = batch.pop("boundary")
     for tensor in batch.values():
         assert tensor.dtype == torch.long
         assert tensor.shape == (len(rows), length)
+    assert boundary.dtype == torch.long and boundary.tolist() == [min(start, len(ids)) for ids, start in rows]
     for index, example in enumerate(examples):
         count = len(example["input_ids"])
         assert batch["attention_mask"][index].tolist() == [1] * count + [0] * (length - count)
@@ -104,8 +106,21 @@ def test_conditions_and_tasks_are_kept():
     batch = Collator(0)([dataset[0], dataset[1]])
     assert torch.equal(batch["condition"], vectors.float()) and batch["task"] == ["a", "b"]
     assert batch["input_ids"].tolist() == [[1, 2], [3, 0]]
-    assert set(Collator(0)([plain[0], plain[1]])) == {"input_ids", "attention_mask", "labels"}
+    assert set(Collator(0)([plain[0], plain[1]])) == {"input_ids", "attention_mask", "labels", "boundary"}
     with pytest.raises(DataError, match="3 values for 'task' and 2 examples"):
         plain.with_column("task", ["a", "b", "c"])
     with pytest.raises(DataError, match="can't be named 'labels'"):
         plain.with_column("labels", ["a", "b"])
+
+
+def test_an_example_says_where_its_output_begins() -> None:
+    """For infixes: its own word, or the first token with a label (of several turns, the first answer's)."""
+    turns = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, -100, 9]}
+    none = {"input_ids": [5, 6], "labels": [-100, -100]}
+    assert Collator(PAD)([turns, {**turns, "boundary": 3}, {**turns, "boundary": 0}, none])["boundary"].tolist() == [
+        1, 3, 0, 2,
+    ]  # fmt: skip
+    assert "boundary" not in Collator(PAD, seq2seq=True)([turns])
+    for own in (6, -1, 1.5, True):
+        with pytest.raises(DataError, match=r"boundary of example 1 .* of its 5 tokens"):
+            Collator(PAD)([turns, {**turns, "boundary": own}])

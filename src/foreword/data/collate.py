@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._under_way import BOUNDARY
 from ..errors import DataError
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class Collator:
         """Return the batch.
 
         Raises:
-            DataError: If there are no examples, or ids and labels differ in length without seq2seq.
+            DataError: If there are no examples, ids and labels differ in length without seq2seq, or an example's own
+                boundary is none of its places.
         """
         if not examples:
             raise DataError("A batch needs at least one example.")
@@ -83,13 +85,30 @@ class Collator:
             given["condition"] = torch.stack([torch.as_tensor(example["condition"]).float() for example in examples])
         if "task" in examples[0]:
             given["task"] = [example["task"] for example in examples]
-        return given | {
+        batch = given | {
             "input_ids": self._padded(inputs, self.pad_token_id),
             "attention_mask": self._padded([[1] * len(ids) for ids in inputs], 0),
             "labels": self._padded(labels, _IGNORED),
         }
+        if not self.seq2seq:
+            each = enumerate(zip(examples, labels, strict=True))
+            batch[BOUNDARY] = torch.tensor([_boundary(i, example, targets) for i, (example, targets) in each])
+        return batch
 
     def _padded(self, rows: list[list[int]], filler: int) -> Tensor:
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(row) for row in rows) // multiple) * multiple
         return torch.tensor([row + [filler] * (length - len(row)) for row in rows], dtype=torch.long)
+
+
+def _boundary(number: int, example: Mapping[str, Any], labels: Sequence[int]) -> int:
+    """How many tokens come before the output; all of them where there is none."""
+    own = example.get(BOUNDARY)
+    if own is None:
+        return next((i for i, label in enumerate(labels) if label != _IGNORED), len(labels))
+    if isinstance(own, bool) or int(own) != own or not 0 <= own <= len(labels):
+        raise DataError(
+            f"The boundary of example {number} of the batch is {own!r}. Expected how many of its {len(labels)} tokens "
+            "come before its output."
+        )
+    return int(own)

@@ -74,7 +74,10 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         return ids | {name: values[index] for name, values in self._columns.items()}
 
     def with_column(self, name: str, values: Sequence[Any]) -> EncodedDataset:
-        """The same examples, each with one thing more: its ``condition`` (a vector), or its ``task`` (a name).
+        """The same examples, each with one thing more.
+
+        That is its ``condition`` (a vector), its ``task`` (a name), or its ``boundary`` (how many tokens come before
+        the output, where that isn't where the labels begin).
 
         Raises:
             DataError: There are not as many values as examples, or the name is one of ours.

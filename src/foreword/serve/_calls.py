@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from foreword._queries import boundary
+from foreword._boundary import told
 from foreword.errors import ForewordError, UnsupportedModelError
 from foreword.serve._mixing import Choice
 from foreword.serve.cache import RowCache
@@ -56,7 +56,7 @@ class Calls:
         if "logits_to_keep" in self._takes:
             arguments["logits_to_keep"] = 1
         # Not inference mode: what is made from masks is remembered by their versions, which it doesn't have.
-        with torch.no_grad(), self.library.reading(choice), boundary(output_from):
+        with torch.no_grad(), self.library.reading(choice), told(output_from):
             logits: Tensor = self.model(**arguments, use_cache=True).logits
         return logits[:, -1]
 

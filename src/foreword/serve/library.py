@@ -6,17 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from enum import Enum
+from threading import Lock
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foreword import _interface
+from foreword._generate import Generate
 from foreword._memo import watch_passes
 from foreword._offloaded import device_of
 from foreword._queries import Queries
 from foreword._renamed import fitted as under_the_models_names
 from foreword._text_positions import TextPositions
+from foreword._under_way import Pass, Watch, without_boundary
 from foreword._views import SitePrefix
 from foreword._wrapped import unwrapped
 from foreword.conditional import part_of
@@ -36,11 +40,23 @@ from foreword.storage import Storage
 from foreword.tuning import SiteSlot, require_detached
 
 
+class _Unsaid(Enum):
+    """Of a context in which nobody chose."""
+
+    HERE = 0
+
+
+def _as_it_is(now: Pass, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return kwargs
+
+
 class Library:
     """Frozen prefixes by task name on one model.
 
     ``use`` holds in its own context only, so threads and asyncio tasks don't disturb each other. Without ``use``
-    the model is the base model.
+    the model is the base model; while a block is open in another context, a pass where nobody chose raises instead: it
+    may run in a thread that was started inside the block, which doesn't take the block over. ``use(None)`` is the base
+    model in any case.
 
     Args:
         budget: bytes that prefixes may take on the device and in CPU memory, and what is done when they are short;
@@ -65,10 +81,15 @@ class Library:
         self.sites: list[Site] = find_sites(model, example_inputs)
         self.holdings = Holdings(budget or Budget(), device_of(model), model.dtype, self.sites)
         self._queries: Queries | None = None
-        self._choice: ContextVar[Choice | None] = ContextVar("foreword_choice", default=None)
         self.positions = study(model, self.sites)
         self._text = TextPositions(model, self.sites, offset=0, counted=self.positions.free)
-        self._handles = watch_passes(model)
+        self._choice: ContextVar[Choice | _Unsaid | None] = ContextVar("foreword_choice", default=_Unsaid.HERE)
+        self._blocks: set[object] = set()  # of use that are open, in any context
+        self._lock = Lock()
+        self._generate = Generate(model)
+        self._generate.around.append(self._generating)
+        self._generate.install()
+        self._handles = [*watch_passes(model), model.register_forward_pre_hook(without_boundary, with_kwargs=True)]
         self._text.install()
         for site in self.sites:
             model.get_submodule(site.name).__dict__[_interface.SLOT] = SiteSlot(site.name, self)
@@ -151,8 +172,11 @@ class Library:
                     f"their positions: {exc}"
                 ) from exc
         if prefix.visible.kind != "all" and self._queries is None:
-            self._queries = Queries(self.model, self.sites, offset=0, by_thread=True)
+            watch = Watch(self.model, _as_it_is)
+            watch.install()
+            self._queries = Queries(self.model, self.sites, offset=0, watch=watch)
             self._queries.install()
+            self._generate.around.append(self._queries.generating)
         return prefix
 
     def bytes_of(self, prefix: Prefix, *, storage: Storage | str | None = None) -> int:
@@ -201,7 +225,9 @@ class Library:
     def use(self, tasks: str | Sequence[str | None] | None) -> Iterator[None]:
         """Within the block the model's attention reads these tasks: one name for all rows, or one a row.
 
-        None is the base model. Rows multiplied by beams or return sequences keep their task.
+        None is the base model. Rows multiplied by beams or return sequences keep their task. A thread that is started
+        in the block is handed it by ``contextvars.copy_context().run``, and keeps the task to its own end; without, its
+        passes raise an AttachError.
 
         Raises:
             ConfigError: a task is unknown (the message names near ones), or the list is empty.
@@ -216,11 +242,16 @@ class Library:
         held = self.holdings.use(
             (n for n in different if n is not None), promise, 0 if rows is None else len(different)
         )
+        block = object()
         try:
             ready = {h.name: h.ready for h in held}
+            with self._lock:
+                self._blocks.add(block)
             with self.reading(Choice(tuple(None if n is None else ready[n] for n in different), rows)):
                 yield
         finally:
+            with self._lock:
+                self._blocks.discard(block)
             self.holdings.release(held, promise)
 
     def generate(
@@ -268,22 +299,45 @@ class Library:
             slot = self.model.get_submodule(site.name).__dict__.pop(_interface.SLOT, None)
             if slot is None or slot.source is not self:
                 raise AttachError("this library is not on its model (any more); nothing to detach")
+        self._generate.remove()
         for handle in self._handles:
             handle.remove()
         self._text.remove()
         if self._queries is not None:
             self._queries.remove()
+            self._queries.watch.remove()
         self.holdings.close()
         return self.model
 
     def view(self, site: str) -> SitePrefix | None:
         """What a site reads in this context; None: nothing."""
         choice = self._choice.get()
-        if choice is None:
+        if choice is None or choice is _Unsaid.HERE:
+            if choice is not None and self._blocks:
+                raise self._unsaid()
             return None
         if site not in choice.views:
             choice.views[site] = view_of(choice, site)
         return choice.views[site]
+
+    @contextmanager
+    def _generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """What ``generate`` runs in: where nobody chose, the base model to its end, whatever others open meanwhile."""
+        if self._choice.get() is not _Unsaid.HERE:
+            yield
+            return
+        if self._blocks:
+            raise self._unsaid()
+        with self.reading(None):
+            yield
+
+    def _unsaid(self) -> AttachError:
+        return AttachError(
+            "a block of library.use is open in another context, and nobody chose a task in this one. A thread or an "
+            "executor doesn't take over the block that it is started in; hand it over, "
+            "threading.Thread(target=contextvars.copy_context().run, args=(function,)), or open "
+            "`with library.use(task)` in the thread. `with library.use(None)` is the base model"
+        )
 
     def seen(self, site: str, prefix: SitePrefix, query: Tensor) -> Tensor | None:
         """Which queries of a site see the prefixes; None: all."""

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -27,8 +26,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foreword._queries import boundary
+from foreword._boundary import told
 from foreword._stacks import positioned_stacks
+from foreword._under_way import BOUNDARY
 from foreword.data import Collator, EncodedDataset
 from foreword.errors import ConfigError, DataError
 from foreword.positions import find_rotations
@@ -36,7 +36,7 @@ from foreword.prefix import Prefix
 from foreword.sites import evaluating, input_device
 from foreword.sites import sites as find_sites
 from foreword.train.progress import Counting
-from foreword.tuning import attach, tuning_of
+from foreword.tuning import attach
 
 SHARD = 64
 NOTE = "teacher.json"
@@ -128,17 +128,6 @@ def answer_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[dic
     return inputs, predicts
 
 
-@contextmanager
-def said_boundary(model: PreTrainedModel, labels: Tensor) -> Iterator[None]:
-    """Inside the block an infix knows where the answers begin, although the model isn't given the labels."""
-    tuning = tuning_of(model)
-    infix = tuning is not None and tuning.visible.kind == "infix"
-    told = labels != _IGNORED
-    first = torch.where(told.any(1), told.long().argmax(1), labels.shape[1])
-    with boundary(first) if infix else nullcontext():
-        yield
-
-
 # ---------------------------------------------------------------- what is said there
 
 
@@ -222,10 +211,10 @@ def _shard(model: PreTrainedModel, examples: list[dict[str, Any]], how: Asking, 
     device, seq2seq = input_device(model), model.config.is_encoder_decoder
     for start in range(0, len(order), how.rows):
         chosen = order[start : start + how.rows]
-        plain = [{k: examples[i][k] for k in ("input_ids", "labels")} for i in chosen]
+        plain = [{k: examples[i][k] for k in ("input_ids", "labels", BOUNDARY) if k in examples[i]} for i in chosen]
         batch = {k: v.to(device) for k, v in how.collator(plain).items()}
         inputs, predicts = answer_inputs(model, batch)
-        with said_boundary(model, batch["labels"]):
+        with told(labels=batch["labels"]):
             logits = model(**inputs).logits
         ids, log_probs = top_log_probs(logits[predicts.to(logits.device)], how.top)
         counts = answered(batch["labels"], seq2seq).sum(1).tolist()

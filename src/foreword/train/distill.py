@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
 from foreword._begun import begin
+from foreword._boundary import told
 from foreword._prefix_file import checksum_of
 from foreword.conditional import part_of
 from foreword.data import Collator, EncodedDataset
@@ -51,7 +52,6 @@ from foreword.train._teacher import (
     digest_of,
     missing,
     replaced_bytes,
-    said_boundary,
     text_teacher,
     text_tokens,
 )
@@ -158,7 +158,7 @@ class DistillTrainer(PrefixTrainer):
         called, predicts = answer_inputs(base, {k: v for k, v in inputs.items() if k not in (IDS, LOG_PROBS)})
         self._now = predicts, ids.long(), log_probs
         try:
-            with said_boundary(base, labels):
+            with told(labels=labels):
                 return super().compute_loss(model, {**called, "labels": labels}, *args, **kwargs)
         finally:
             self._now = None

@@ -22,7 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from foreword._boundary import told
 from foreword._offloaded import is_offloaded, to_the_end
+from foreword._under_way import BOUNDARY
 from foreword.config import PrefixConfig
 from foreword.data.mixture import TaskMixture
 from foreword.errors import AttachError, ConfigError, DivergedError, PrefixFileError
@@ -48,7 +50,7 @@ from foreword.tuning import Tuning, tuning_of
 __all__ = ["LAST_GOOD", "STATE", "WATCH", "PrefixTrainer", "last_checkpoint", "load_training_state"]
 
 LAST_GOOD = "last-good"
-_GIVEN = ("condition", "task")
+_GIVEN = ("condition", "task", BOUNDARY)
 
 
 class PrefixTrainer(Trainer):
@@ -145,7 +147,8 @@ class PrefixTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Trainer's loss; in training, with the penalty on what tasks share where one is asked for."""
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with told(labels=inputs.get("labels")):  # Trainer keeps them from the model where it computes the loss itself
+            found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         strength = tasks.orthogonality(self.args)
         if not strength or not model.training:
             return found

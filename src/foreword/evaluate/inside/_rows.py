@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foreword._queries import boundary
+from foreword._boundary import told
 from foreword.conditional import part_of
 from foreword.errors import ConfigError, DataError
 from foreword.losses import IGNORED
@@ -165,7 +165,7 @@ def _joined(texts: Sequence[Tensor], length: int, count: int) -> Tensor:
 
 def all_see(prefix: Prefix) -> Any:
     """A context in which an infix is seen by every position, for texts that say nothing of input and output."""
-    return boundary(0) if prefix.visible.kind == "infix" else nullcontext()
+    return told(0) if prefix.visible.kind == "infix" else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------ names and numbers

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from foreword._boundary import told
 from foreword.errors import ConfigError
 from foreword.serve._mixing import Choice
 from foreword.shares import measured_shares
@@ -29,6 +30,7 @@ def token_shares(
     with (
         torch.no_grad(),
         library.reading(Choice((ready,), None)),
+        told(0),  # an infix is measured where it is seen
         measured_shares(library.model, by_token=True) as found,
     ):
         for text in texts:
