@@ -68,8 +68,28 @@ class SiteSlot:
         return attend(prefix, delegate, delegate_name, module, query, key, value, attention_mask, seen, **kwargs)
 
 
+def require_model(model: Any, what: str = "attach") -> None:
+    """Raise AttachError if this is no model, or one inside a wrapper that would not show what is attached."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(
+            f"{what} takes a model, and this is a {type(model).__name__}; load it first: "
+            "model, tokenizer = fw.load_model(...)"
+        )
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise AttachError(
+            f"{what} was given what torch.compile returned; give it the model itself (model._orig_mod). Compile after "
+            "attaching, or have the trainer do it: torch_compile=True in its arguments"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise AttachError(
+            f"{what} was given a {type(model).__name__}; give it the model inside (model.module). For several GPUs, "
+            "attach to the model and launch the script with torchrun or accelerate, which wrap it in the trainer"
+        )
+
+
 def require_detached(model: nn.Module) -> None:
     """Raise AttachError if the model has a prefix or a library on it."""
+    require_model(model)
     if CHILD in model._modules or any(_interface.SLOT in m.__dict__ for m in model.modules()):
         raise AttachError(
             "the model has a prefix attached already; call detach() on what attach returned, give attach a list of "
