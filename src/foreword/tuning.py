@@ -31,7 +31,7 @@ from foreword.encoders import PrefixEncoder
 from foreword.errors import AttachError, ConfigError
 from foreword.fingerprint import Fingerprint
 from foreword.memory import Recall, SiteMemory
-from foreword.methods import LEARNING_RATES, Config, PromptConfig, usual_learning_rate
+from foreword.methods import Config, PromptConfig
 from foreword.positions import Rotation, find_rotations
 from foreword.prefix import Prefix
 from foreword.sites import Site
@@ -189,30 +189,19 @@ class Tuning:
         """What an optimizer takes: each method's parameters with a learning rate of their own.
 
         Args:
-            learning_rate: of the first method, where its configuration names none. The others go at what is usual
-                for them, and so does what was loaded.
+            learning_rate: of the first method, where its configuration names none (0 is a rate: it stays as it is). The
+                others go at what is usual for them, and so does what was loaded.
         """
-        holder = self.holder
-        # Where each method's numbers are; those of prefixes, and of prompts that became one, are the first.
-        places: dict[str, list[nn.Module]] = {
-            "direct": [holder.encoder, holder.bias, holder.gate, holder.reading],
-            "memory": [holder.memory] if holder.memory is not None else [],
-            **{method: [part] for method, part in holder.weights.items()},
-        }
-        wanted = []
-        for config in self.configs:
-            own = config.method if not isinstance(config, PrefixConfig) and config.method in places else "direct"
-            wanted.append((places.pop(own), config.learning_rate, usual_learning_rate(config)))
-        loaded = {**LEARNING_RATES, "direct": LEARNING_RATES["mlp" if self.encoder.asks == "condition" else "direct"]}
-        head = next(filter(None, (getattr(c, "head_learning_rate", None) for c in self.configs)), None)
-        wanted += [(own, head if method == "head" else None, loaded[method]) for method, own in places.items()]
-        groups: list[dict[str, Any]] = []
-        for modules, rate, usual in wanted:
-            chosen = [p for m in modules for p in m.parameters() if p.requires_grad]
-            if chosen:
-                first = learning_rate if not groups else None
-                groups.append({"params": chosen, "lr": rate or first or usual})
-        return groups
+        from foreword._groups import parameter_groups
+
+        return parameter_groups(self, learning_rate)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many numbers are trained, of how many in model and prefix together, as PEFT does."""
+        from foreword._groups import counts
+
+        trained, of = counts(self)
+        print(f"trainable params: {trained:,d} || all params: {of:,d} || trainable%: {100 * trained / of:.4f}")
 
     def add_gates(self, kind: str, sites: Sequence[Site]) -> None:
         """Learned weights per head: ``"head"`` and ``"input"`` from 1, ``"zero"`` from a closed gate."""

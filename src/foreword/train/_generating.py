@@ -1,4 +1,4 @@
-"""The part of PrefixTrainer that evaluates by writing: ``predict_with_generate`` of ``Seq2SeqTrainingArguments``."""
+"""The part of PrefixTrainer that evaluates: by writing (``predict_with_generate``), or in half precision."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ class Generating(Trainer):
         if args.generation_config is not None:
             config: GenerationConfig = Seq2SeqTrainer.load_generation_config(args.generation_config)
             self.tuning.model.generation_config = config
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; ``bf16_full_eval`` and ``fp16_full_eval`` round the base, and what was trained stays as it is."""
+        rounded = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_in_train
+        trained = [(p, p.detach().clone()) for p in self.tuning.parameters()] if rounded else []
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            for parameter, number in trained:
+                parameter.data = number.to(parameter.device)
+            if trained:
+                self.tuning._passes.forget()
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None, **options: Any

@@ -13,6 +13,16 @@ from foreword.data import Collator, EncodedDataset, TaskMixture
 from foreword.errors import AttachError, ConfigError
 from foreword.tuning import Tuning, tuning_of
 
+NO_FSDP = (
+    "accelerate's FSDP would shard the prefix with the base model, and its checkpoints hold the base; load "
+    "the base sharded instead and launch as for DDP: from_pretrained(..., distributed_config="
+    "DistributedConfig(fsdp_size=N)), with save_only_model=True in the arguments (docs/distributed.md)"
+)
+NO_PUSH = (
+    "Trainer would upload checkpoints with the card of a whole model; upload the prefix when it is trained: "
+    "tuning.bake().push_to_hub('OWNER/NAME'), `foreword push`"
+)
+
 
 def trainable_tuning(model: Any, made: str = "") -> Tuning:
     """What is attached to a model and can be trained.
@@ -46,10 +56,9 @@ def check_arguments(args: TrainingArguments, model: Any) -> None:
         ConfigError: such an argument.
     """
     if args.push_to_hub:
-        raise ConfigError(
-            "push_to_hub=True would upload checkpoints as those of a whole model; leave it out, and upload the prefix "
-            "when it is trained: tuning.bake().push_to_hub('OWNER/NAME'), `foreword push`"
-        )
+        raise ConfigError(f"push_to_hub=True is not for PrefixTrainer: {NO_PUSH}")
+    if args.fsdp:
+        raise ConfigError(NO_FSDP)
     parallel = getattr(args, "parallelism_config", None)
     for what in ("cp", "sp"):
         if getattr(parallel, f"{what}_enabled", False):

@@ -37,7 +37,7 @@ from foreword.train.checkpoints import (
     require_whole,
     resume_point,
 )
-from foreword.train.checks import check_arguments, default_collator, one_device, trainable_tuning
+from foreword.train.checks import NO_FSDP, NO_PUSH, check_arguments, default_collator, one_device, trainable_tuning
 from foreword.train.curves import draw_curves
 from foreword.train.optimizing import check_own_optimizer, divide, rates_by_group, settle_learning_rate
 from foreword.train.rollback import EVENT as ROLLED_BACK
@@ -97,11 +97,7 @@ class PrefixTrainer(Watched, Generating, Trainer):
         if self.optimizer is not None:
             check_own_optimizer(self.optimizer, tuning)
         if self.is_fsdp_enabled:
-            raise ConfigError(
-                "accelerate's FSDP would shard the prefix with the base model, and its checkpoints hold the base; load "
-                "the base sharded instead and launch as for DDP: from_pretrained(..., distributed_config="
-                "DistributedConfig(fsdp_size=N)), with save_only_model=True in the arguments (docs/distributed.md)"
-            )
+            raise ConfigError(NO_FSDP)
         if is_offloaded(model):
             if self.args.world_size > 1:
                 raise ConfigError(
@@ -204,6 +200,14 @@ class PrefixTrainer(Watched, Generating, Trainer):
         save_file({k: v.detach().cpu().contiguous() for k, v in self.tuning.holder.state_dict().items()}, temporary)
         temporary.replace(folder / STATE)
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: what is uploaded is a prefix with its own card.
+
+        Raises:
+            ConfigError: always, with what to call instead.
+        """
+        raise ConfigError(NO_PUSH)
 
     def _record(self) -> dict[str, Any]:
         """What the prefix's file says of its training."""
