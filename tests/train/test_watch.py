@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -205,3 +206,16 @@ def test_the_prefix_is_copied_once_a_step(tmp_path, monkeypatch):
     copies.clear()
     made.train()
     assert len(copies) == 3
+
+
+@pytest.mark.usefixtures("fresh_state")
+def test_a_sites_norm_is_without_the_loss_scale(tmp_path):
+    found = []
+    for scale in (1.0, 1024.0):
+        made = fp16_run(fw.PrefixTrainer, tmp_path / str(scale), callbacks=[lambda t: fw.Monitor(every=1), overflow(2)],
+                        max_steps=3)  # fmt: skip
+        in_fp16(made, scale).train()
+        looks = [json.loads(line) for line in (tmp_path / str(scale) / "monitor.jsonl").read_text().splitlines()]
+        found.append([[site["gradient_norm"] for site in look["sites"].values()] for look in looks])
+    assert found[1][2] == [None, None] and all(n is None or 1e-3 < n < 10 for look in found[1] for n in look)
+    assert found[1][:2] == [pytest.approx(look, rel=0.02) for look in found[0][:2]]

@@ -43,6 +43,7 @@ from foreword.train.optimizing import check_own_optimizer, divide, rates_by_grou
 from foreword.train.rollback import EVENT as ROLLED_BACK
 from foreword.train.rollback import RollBack
 from foreword.train.stages import LayerByLayer
+from foreword.train.watch import risen_loss
 
 __all__ = ["LAST_GOOD", "STATE", "WATCH", "PrefixTrainer", "last_checkpoint", "load_training_state"]
 
@@ -273,6 +274,8 @@ class PrefixTrainer(Watched, Generating, Trainer):
             require_whole(Path(resume_from_checkpoint))
         self._overlaps.clear()  # an estimate of the memory has run the loss
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if risen := risen_loss(self.state.log_history):
+            warnings.warn(f"{risen}; try a third of the learning rate (it was {self._rate:g})", stacklevel=2)
         if self.args.should_save and self.state.log_history:
             folder = Path(self.args.output_dir or ".")
             draw_curves({folder.name: self.state.log_history}, folder / "curve.png")

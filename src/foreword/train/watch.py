@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,3 +93,15 @@ class Watch:
             self.skipped = int(skipped)
         else:  # written before the first norms were kept
             self.early = max(list(self.norms)[:_EARLY], default=0.0)
+
+
+def risen_loss(history: Sequence[Mapping[str, Any]]) -> str:
+    """What a whole run's log says where training made the loss worse; empty: it didn't, or the log is too short.
+
+    Compared are the first loss that was logged and the mean over the last quarter.
+    """
+    losses = [float(entry["loss"]) for entry in history if "loss" in entry]
+    if len(losses) < 4:
+        return ""
+    first, last = losses[0], statistics.fmean(losses[-(len(losses) // 4) :])
+    return f"the training loss rose from {first:.3g} to {last:.3g}" if last > 1.1 * first > 0 else ""
