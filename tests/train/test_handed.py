@@ -138,7 +138,7 @@ def test_a_search_over_rates(tmp_path):
 
 def test_model_init_is_refused_what_it_can_not_do(tmp_path):
     model, tuning = tiny.tuned()
-    with pytest.raises(fw.AttachError, match="this model has no trainable one"):
+    with pytest.raises(fw.AttachError, match="a prefix, and what model_init returned has no trainable one"):
         fw.PrefixTrainer(model_init=lambda: zoo.build("llama"), args=arguments(tmp_path))
     with pytest.raises(fw.ConfigError, match="was given a model and model_init"):
         fw.PrefixTrainer(model, arguments(tmp_path), model_init=initial)

@@ -15,7 +15,8 @@ from torch.utils.data import SequentialSampler
 import foreword as fw
 import zoo
 from foreword.data import Collator, encode, read_examples
-from foreword.train.watch import Watch
+from foreword.train.checkpoints import damage
+from foreword.train.watch import Watch, risen_loss
 
 
 @pytest.fixture
@@ -182,6 +183,18 @@ def test_what_is_usual():
     assert free.wrong_with(math.nan) == "the gradient's norm is nan"
 
 
+def test_a_loss_that_rose_is_told(tmp_path):
+    assert risen_loss([{"loss": n} for n in (5.0, 6.0, 7.0, 8.0)]) == "the training loss rose from 5 to 8"
+    assert risen_loss([{"loss": n} for n in (5.0, 9.0, 9.0, 9.0, 5.0, 4.0, 5.0, 6.0)]) == ""  # within a tenth
+    assert risen_loss([{"loss": 1.0}, {"eval_loss": 2.0}, {"loss": 3.0}, {"loss": 9.0}]) == ""  # too short a log
+    model, _ = tiny.tuned()
+    made = tiny.trainer(model, tmp_path, max_steps=12, save_strategy="no")
+    loss = made.compute_loss
+    made.compute_loss = lambda *a, **k: loss(*a, **k) * (2 if made.state.global_step > 8 else 1)
+    with pytest.warns(UserWarning, match=r"the training loss rose from .*; try a third of the learning rate"):
+        made.train()
+
+
 def test_unclipped_gradients_are_watched_as_well(tmp_path):
     model, tuning = tiny.tuned()
 
@@ -219,3 +232,24 @@ def test_a_sites_norm_is_without_the_loss_scale(tmp_path):
         found.append([[site["gradient_norm"] for site in look["sites"].values()] for look in looks])
     assert found[1][2] == [None, None] and all(n is None or 1e-3 < n < 10 for look in found[1] for n in look)
     assert found[1][:2] == [pytest.approx(look, rel=0.02) for look in found[0][:2]]
+
+
+@pytest.mark.usefixtures("fresh_state")
+def test_the_loss_scale_is_in_the_checkpoint(tmp_path):
+    arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "seed": 3}
+    whole = fp16_run(fw.PrefixTrainer, tmp_path, **arguments)
+    whole.train()
+    scale = whole.accelerator.scaler.get_scale()
+    folder = tmp_path / "checkpoint-4"
+    resumed = fp16_run(fw.PrefixTrainer, tmp_path, **arguments)
+    resumed.train(str(folder))
+    assert tiny.losses(resumed) == tiny.losses(whole) and resumed.accelerator.scaler.get_scale() == scale
+    AcceleratorState._reset_state(True)
+    model, _ = tiny.tuned()
+    tiny.trainer(model, tmp_path, max_steps=8).train(str(folder))  # in 32 bits now
+    assert damage(folder) == ""
+    noted = json.loads((folder / "training_args.json").read_text())
+    (folder / "training_args.json").write_text(json.dumps({**noted, "fp16": True}))
+    assert damage(folder) == ""
+    (folder / "scaler.pt").unlink()
+    assert damage(folder) == "it has no scaler.pt"

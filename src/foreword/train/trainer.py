@@ -74,7 +74,7 @@ class PrefixTrainer(Watched, Generating, Trainer):
         args = args if args is not None else PrefixTrainingArguments(output_dir="runs/prefix")
         if (make := given.pop("model_init", None)) is not None:
             model = _from_init(model, make, args, given)
-        self.tuning = tuning = trainable_tuning(model)
+        self.tuning = tuning = trainable_tuning(model, "what model_init returned" if make is not None else "")
         model = tuning.model
         check_arguments(args, model)
         given = tasks.prepared(tuning, args, given)
@@ -242,6 +242,11 @@ class PrefixTrainer(Watched, Generating, Trainer):
             self._watch.load(seen)
             if (recovery := self._callback(RollBack)) is not None:
                 recovery.load(seen)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """The scale of fp16's loss, where there is still one: a run may go on in bf16 or in 32 bits."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_training_state(self.tuning, Path(resume_from_checkpoint))
