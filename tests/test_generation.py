@@ -164,3 +164,11 @@ def test_chunked_prefill_and_a_cache_carried_on():
     want, cache = zoo.logits(model, input_ids=ids), tf.DynamicCache()
     parts = [zoo.logits(model, input_ids=part, past_key_values=cache) for part in ids.split(4, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tokenizer_without_a_token_to_pad_with_is_refused():
+    tokenizer = zoo.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    library = fw.Library(zoo.build("llama"))
+    with pytest.raises(fw.ConfigError, match=r"neither a padding nor an end token; set tokenizer.pad_token"):
+        library.generate(tokenizer, ["The film", "There is a place"], [None, None], max_new_tokens=2)

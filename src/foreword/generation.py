@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from foreword.errors import ConfigError
 from foreword.sites import input_device
 
 
@@ -25,8 +26,17 @@ def write(
 def write_on(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], **options: Any
 ) -> list[str]:
-    """The same, from token ids."""
+    """The same, from token ids.
+
+    Raises:
+        ConfigError: the tokenizer has nothing to pad with.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ConfigError(
+            "texts are padded to one batch, and the tokenizer has neither a padding nor an end token; set "
+            "tokenizer.pad_token to one of its tokens"
+        )
     longest = max(map(len, rows))
     device = input_device(model)
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
