@@ -1,4 +1,4 @@
-"""What an optimizer takes: the parameters of each method, with a learning rate of their own."""
+"""What is trained, counted and in groups with a learning rate for each method."""
 
 from __future__ import annotations
 
@@ -34,5 +34,17 @@ def parameter_groups(tuning: Tuning, learning_rate: float | None) -> list[dict[s
         chosen = [p for m in modules for p in m.parameters() if p.requires_grad]
         if chosen:
             first = learning_rate if not groups else None
-            groups.append({"params": chosen, "lr": rate or first or usual})
+            groups.append({"params": chosen, "lr": next(r for r in (rate, first, usual) if r is not None)})
     return groups
+
+
+def counts(tuning: Tuning) -> tuple[int, int]:
+    """How many numbers are trained, and how many there are in the model and what stands on it."""
+    everything = {id(p): p for p in tuning.model.parameters()}  # once, however many modules share it
+    return tuning.num_parameters, sum(map(_numbers, everything.values()))
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    if type(parameter).__name__ == "Params4bit":  # bitsandbytes packs two numbers into each byte
+        return parameter.numel() * parameter.element_size() * 2
+    return parameter.numel()

@@ -87,7 +87,7 @@ def _count(slot: Slot) -> None:
 def _open() -> None:
     """Put the wrappers before every look-up, of a function by its name or of the one that a model's file brings."""
     get_interface, get_item = AttentionInterface.get_interface, AttentionInterface.__getitem__
-    _before.update({name: AttentionInterface.__dict__.get(name) for name in ("get_interface", "__getitem__")})
+    _before.update({"get_interface": get_interface, "__getitem__": get_item})
 
     @wraps(get_interface)
     def routed_interface(self: AttentionInterface, attn_implementation: str, default: Delegate) -> Delegate:
@@ -108,12 +108,13 @@ def _open() -> None:
 
 
 def _close() -> None:
-    """Make the look-ups what they were."""
+    """Make the look-ups what they were.
+
+    The garbage collector may do so at any time. So an inherited method stays in the class's own dictionary: whoever is
+    looking at it there (``torch.compile``, for its guards) goes on finding it.
+    """
     for name, method in _before.items():
-        if method is None:  # inherited
-            delattr(AttentionInterface, name)
-        else:
-            setattr(AttentionInterface, name, method)
+        setattr(AttentionInterface, name, method)
     _before.clear()
     _wrappers.clear()
 

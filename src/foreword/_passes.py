@@ -193,7 +193,7 @@ class Passes:
 
 def _check_trainable(tuning: Tuning) -> None:
     """Raise AttachError where a training pass would train nothing of what was attached to be trained."""
-    if tuning.trainable and tuning.model.training and next(tuning.parameters(), None) is None:
+    if tuning.trainable and tuning.model.training and not any(p.requires_grad for p in tuning.holder.parameters()):
         raise AttachError(
             "nothing that foreword attached requires a gradient any more: PEFT's get_peft_model, called after attach, "
             "freezes all that it finds. Attach after get_peft_model, to get_base_model(), or give attach a LoRAConfig "

@@ -41,7 +41,8 @@ def unwrapped(model: Any) -> PreTrainedModel:
             "model itself (wrapper.module), and wrap it after attaching"
         )
     raise ConfigError(
-        f"expected a transformers model (PreTrainedModel), not {name}; where it holds one, give foreword that"
+        f"expected a transformers model (PreTrainedModel), not {name}; load one first (model, tokenizer = "
+        "fw.load_model(...)), or where this holds one, give foreword that"
     )
 
 

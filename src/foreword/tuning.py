@@ -196,12 +196,19 @@ class Tuning:
         """What an optimizer takes: each method's parameters with a learning rate of their own.
 
         Args:
-            learning_rate: of the first method, where its configuration names none. The others go at what is usual
-                for them, and so does what was loaded.
+            learning_rate: of the first method, where its configuration names none (0 is a rate: it stays as it is). The
+                others go at what is usual for them, and so does what was loaded.
         """
         from foreword._groups import parameter_groups
 
         return parameter_groups(self, learning_rate)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many numbers are trained, of how many in model and prefix together, as PEFT does."""
+        from foreword._groups import counts
+
+        trained, of = counts(self)
+        print(f"trainable params: {trained:,d} || all params: {of:,d} || trainable%: {100 * trained / of:.4f}")
 
     def add_gates(self, kind: str, sites: Sequence[Site]) -> None:
         """Learned weights per head: ``"head"`` and ``"input"`` from 1, ``"zero"`` from a closed gate."""

@@ -53,6 +53,15 @@ def test_help_imports_nothing_heavy():
 # ---------------------------------------------------------------- the round trip
 
 
+@pytest.mark.parametrize(("rate", "said"), [("1e-6", "hardly moves a prefix; 0.02 is usual"), ("5", "is 250 times")])
+def test_a_warning_is_its_sentence(rate, said, run, folder, data, tmp_path):
+    code, _, err = run("train", "--model", folder, "--data", data, "--out", tmp_path / "o", "--steps", 1, "--length", 4,
+                       "--init", "random", "--learning-rate", rate)  # fmt: skip
+    (line,) = [line for line in err.splitlines() if said in line]
+    assert code == 0 and line.startswith("warning: learning_rate=")
+    assert "UserWarning" not in err and ".py:" not in err
+
+
 def test_train_reports_and_saves(trained):
     out, record = trained
     prefix = fw.Prefix.load(out)

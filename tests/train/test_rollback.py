@@ -144,6 +144,49 @@ def test_a_calm_run_is_left_alone(tmp_path):
     assert not events(made) and tiny.losses(made) == tiny.losses(plain)
 
 
+def schedules(optimizer):
+    """Schedules that keep their rates in places of their own, each as if for ever 0.02."""
+    of = torch.optim.lr_scheduler
+    return {
+        "step": of.StepLR(optimizer, 1000),
+        "chained": of.ChainedScheduler([of.StepLR(optimizer, 1000), of.ConstantLR(optimizer, 1.0)]),
+        "sequence": of.SequentialLR(
+            optimizer, [of.ConstantLR(optimizer, 1.0), of.LambdaLR(optimizer, lambda s: 1.0)], [16]
+        ),
+        "one cycle": of.OneCycleLR(optimizer, 0.02, 1000, pct_start=0.999, div_factor=1.0, cycle_momentum=False),
+        "cyclic": of.CyclicLR(optimizer, 0.02, 0.02, cycle_momentum=False),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["step", "chained", "sequence", "one cycle", "cyclic"])
+def test_the_smaller_rate_stays_whatever_the_schedule(name, tmp_path):
+    model, tuning = tiny.tuned()
+    watch, optimizer = Watch(tuning), torch.optim.AdamW(tuning.parameters(), 0.02)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=20, save_strategy="no", per_device_train_batch_size=4, **tiny.QUIET
+    )
+    made = fw.PrefixTrainer(
+        model, arguments, train_dataset=tiny.rows(), data_collator=tiny.Collator(0),
+        callbacks=[RollBack(factor=0.5, every=4), Spike(tuning, (14,)), watch],
+        optimizers=(optimizer, schedules(optimizer)[name]),
+    )  # fmt: skip
+    made.train()
+    assert len(events(made)) == 1
+    assert watch.rates[14] == pytest.approx(0.02, rel=1e-3)
+    assert [watch.rates[step] for step in (16, 18, 20)] == pytest.approx([0.01] * 3, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:the gradient's norm")
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_that_watch_the_loss_go_back_as_well(name, tmp_path):
+    made, watch = run(
+        tmp_path, RollBack(factor=0.5, every=4), at=(14,), lr_scheduler_type=name, eval_strategy="steps", eval_steps=4,
+        valid=tiny.rows(4, seed=1), lr_scheduler_kwargs={"patience": 99},
+    )  # fmt: skip
+    assert len(events(made)) == 1 and (watch.rates[14], watch.rates[20]) == pytest.approx((0.02, 0.01))
+
+
 @pytest.mark.parametrize("bad", [{"times": 0}, {"every": 0}, {"factor": 1.0}, {"factor": 0.0}, {"worse": 1.0}])
 def test_bad_settings(bad):
     with pytest.raises(fw.ConfigError, match="expected 1 or more times"):

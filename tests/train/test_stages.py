@@ -125,3 +125,43 @@ def test_orthogonal_layers():
         assert not layer.bias.any()
     with pytest.raises(fw.ConfigError, match="layers of an MLP"):
         fw.PrefixConfig(orthogonal=True)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"lr_scheduler_type": "cosine"}, {"lr_scheduler_kwargs": {"num_cycles": 1}}, "a scheduler"]
+)
+def test_another_schedule_beside_stages_is_refused(asked, tmp_path):
+    model, tuning = tuned()
+    stages = LayerByLayer([Stage(None, 4)])
+    arguments = {} if asked == "a scheduler" else asked
+    made = trainer(model, tmp_path, callbacks=[stages], max_steps=4, **arguments)
+    if asked == "a scheduler":
+        made.optimizer = torch.optim.SGD(tuning.parameters(), 0.1)
+        made.lr_scheduler = torch.optim.lr_scheduler.StepLR(made.optimizer, 2)
+    with pytest.raises(fw.ConfigError, match="each stage of LayerByLayer warms up and falls to 0 linearly"):
+        made.train()
+
+
+@pytest.mark.parametrize("by", ["arguments", "configuration", "optimizer"])
+def test_a_stages_rate_is_its_own_whatever_the_runs(by, tmp_path):
+    model, tuning = tuned(**({"learning_rate": 0.05} if by == "configuration" else {}))
+    seen = []
+
+    class Look(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append(optimizer.param_groups[0]["lr"])
+
+    stages = LayerByLayer([Stage(None, 2, learning_rate=0.01, warmup=0.0), Stage(None, 2, warmup=0.0)])
+    made = trainer(model, tmp_path, callbacks=[stages, Look()], max_steps=4, learning_rate=0.02, save_strategy="no")
+    if by == "optimizer":
+        made.optimizer = torch.optim.AdamW(tuning.parameters(), 0.08)
+    made.train()
+    run = {"arguments": 0.02, "configuration": 0.05, "optimizer": 0.08}[by]
+    assert seen == pytest.approx([0.01, 0.005, run, run / 2])
+
+
+def test_a_stage_with_a_rate_in_a_run_without_one_is_refused():
+    stages = LayerByLayer([Stage(None, 2, learning_rate=0.01), Stage(None, 2)])
+    with pytest.raises(fw.ConfigError, match="learning_rate=0 trains nothing, and a stage has a learning rate"):
+        stages.learning_rate_factor(0.0)
+    assert LayerByLayer([Stage(None, 2, warmup=0.0)]).learning_rate_factor(0.0)(0) == 1.0

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 import typer
 
@@ -60,7 +64,33 @@ for command in (
 
 
 def main() -> None:
-    """Run a command; foreword's own errors and the system's are one plain message, Ctrl-C is quiet."""
+    """Run a command; foreword's own errors and the system's are one plain message, as are warnings; Ctrl-C is quiet."""
+    with _plain_warnings():
+        _run()
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Inside the block, a warning is its sentence, without the place in the code that it is from."""
+    before = warnings.showwarning
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int,
+        file: TextIO | None = None, line: str | None = None,
+    ) -> None:  # fmt: skip
+        if file is None and issubclass(category, UserWarning):
+            typer.secho(f"warning: {message}", fg=typer.colors.YELLOW, err=True)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+def _run() -> None:
     try:
         app()
     except (ForewordError, OSError) as exc:

@@ -18,7 +18,8 @@ class PrefixTrainingArguments(TrainingArguments):
     Attributes:
         learning_rate: of the first method that is trained. None chooses by the method: 2e-2 for keys and values
             themselves, 5e-3 for the low-rank product, 1e-3 for the MLP (``foreword.methods.LEARNING_RATES``).
-        explode_factor: a gradient norm this many times the median of the last 50 stops the run.
+        explode_factor: a gradient norm this many times the usual stops the run. Usual is the largest of the median of
+            the last 50, the largest of the first ten, and ``max_grad_norm``.
         orthogonality: strength of a penalty on what the prefixes of several tasks share: their mean squared cosine
             (``foreword.orthogonal.penalty``, from 0 to 1) times this is added to the training loss.
         report_to: None means TensorBoard where it is installed; ``"none"`` means nowhere.

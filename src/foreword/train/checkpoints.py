@@ -20,7 +20,7 @@ from foreword.tuning import Tuning
 
 STATE = "training_state.safetensors"
 WATCH = "watch.safetensors"
-_OPTIMIZER, _SCHEDULER, _RANDOM = "optimizer.pt", "scheduler.pt", "rng_state"
+_OPTIMIZER, _SCHEDULER, _SCALER, _RANDOM = "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -51,7 +51,9 @@ def damage(folder: Path) -> str:
     """What keeps a run from going on from a checkpoint; empty: nothing."""
     if not _ended(folder):
         return "its trainer_state.json, which is written last, is missing or cut short"
-    needed = {STATE} if any(folder.glob("global_step*")) else {STATE, _OPTIMIZER, _SCHEDULER}  # DeepSpeed keeps its own
+    needed = {STATE}
+    if not any(folder.glob("global_step*")):  # DeepSpeed keeps its own
+        needed |= {_OPTIMIZER, _SCHEDULER, *([_SCALER] if _in_fp16(folder) else [])}
     if missing := sorted(n for n in needed if not (folder / n).is_file()):
         return f"it has no {missing[0]}"
     if not any(folder.glob(f"{_RANDOM}*.pth")):
@@ -99,6 +101,14 @@ def load_training_state(tuning: Tuning, folder: Path) -> None:
         if not torch.isfinite(theirs).all():
             raise PrefixFileError(f"{path}: {name} has numbers that are not finite")
     tuning.holder.load_state_dict(state)
+
+
+def _in_fp16(folder: Path) -> bool:
+    """Whether its run scaled the loss: without the scale, the first steps that follow would be skipped."""
+    try:
+        return bool(json.loads((folder / "training_args.json").read_text(encoding="utf-8")).get("fp16"))
+    except (OSError, ValueError):
+        return False
 
 
 def _ended(folder: Path) -> bool:

@@ -7,6 +7,7 @@ the training passes themselves, so nothing is run twice and no random number is 
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Monitor(TrainerCallback):
         self.every = every
         self._looking = ExitStack()
         self._norms: dict[str, float] = {}
+        self._scale = 1.0
         self._shares: Any = {}
         self._tuning: Tuning | None = None
 
@@ -66,6 +68,8 @@ class Monitor(TrainerCallback):
         if state.global_step % self.every or self._tuning is None:
             return
         self._norms = {}
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)  # of fp16's loss, and so of every gradient
+        self._scale = float(scaler.get_scale()) if scaler is not None else 1.0
         self._shares = self._looking.enter_context(measured_shares(self._tuning.model))
         handle = self._tuning.encoder.register_forward_hook(self._watch)
         self._looking.callback(handle.remove)
@@ -76,7 +80,7 @@ class Monitor(TrainerCallback):
         self._looking.close()
         if state.is_world_process_zero:
             sites = {
-                name: {"gradient_norm": self._norms[name] ** 0.5, "attention_share": _mean(self._shares.get(name))}
+                name: {"gradient_norm": self._norm(name), "attention_share": _mean(self._shares.get(name))}
                 for name in self._norms
             }
             path = Path(args.output_dir or ".") / LINES
@@ -92,6 +96,11 @@ class Monitor(TrainerCallback):
         path = Path(args.output_dir or ".") / LINES
         if state.is_world_process_zero and path.is_file():
             draw_monitor({"": _looks(path)}, path.with_name(PICTURE))
+
+    def _norm(self, name: str) -> float | None:
+        """None: not finite, in a step that fp16's scaler skipped."""
+        norm = self._norms[name] ** 0.5 / self._scale
+        return norm if math.isfinite(norm) else None
 
     def _watch(self, encoder: Any, args: Any, states: States) -> None:
         """Have each site's gradient counted in the backward of this pass."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from foreword.errors import ConfigError
+from foreword.train.optimizing import scale
 from foreword.tuning import tuning_of
 
 _State = tuple[int, list[Tensor], list[dict[str, Any]]]  # the step; parameters; what the optimizer knows of each
@@ -36,6 +37,7 @@ class RollBack(TrainerCallback):
         worse: a training loss is divergence too, when its mean over ``window`` batches is this many times the lowest
             such mean and half of what was gained since the start is lost (of several processes: the mean over all).
         window: batches that a mean is of.
+        unsure: set by the trainer while fp16's scaler passes steps over, whose gradients say nothing.
     """
 
     times: int = 3
@@ -43,6 +45,7 @@ class RollBack(TrainerCallback):
     every: int = 10
     worse: float = 1.5
     window: int = 5
+    unsure: bool = field(default=False, init=False, repr=False)
     _losses: list[float] = field(
         default_factory=list, init=False, repr=False
     )  # first and lowest mean; the last batches
@@ -78,7 +81,7 @@ class RollBack(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # A loss and a gradient were computed from it and were well, and the loss isn't on its way up.
-        if self._untried is not None and self._share_lost() < 0.5:
+        if self._untried is not None and not self.unsure and self._share_lost() < 0.5:
             self._good, self._untried = self._untried, None
 
     def rising(self, loss: float) -> str:
@@ -118,9 +121,7 @@ class RollBack(TrainerCallback):
             parameter.copy_(number)
             parameter.grad = None  # what led here is not applied
             optimizer.state[parameter] = copy.deepcopy(kept)
-        for group in optimizer.param_groups:
-            group["lr"] *= self.factor
-        scheduler.base_lrs = [rate * self.factor for rate in scheduler.base_lrs]
+        scale(optimizer, scheduler, self.factor)
         event: dict[str, Any] = {EVENT: done + 1, "step": state.global_step, "to_step": step, "because": what}
         state.log_history.append(event)
         warnings.warn(

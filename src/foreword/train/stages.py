@@ -87,15 +87,34 @@ class LayerByLayer(TrainerCallback):
         """Of all stages."""
         return self.ends[-1]
 
+    def check_schedule(self, args: TrainingArguments, scheduler: Any) -> None:
+        """Raise ConfigError if a schedule was asked for: each stage has its own."""
+        name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        if scheduler is not None or name != "linear" or args.lr_scheduler_kwargs:
+            asked = "the scheduler that was given" if scheduler is not None else f"lr_scheduler_type={name!r}"
+            raise ConfigError(
+                f"each stage of LayerByLayer warms up and falls to 0 linearly (Stage(learning_rate=..., warmup=...)), "
+                f"and {asked} would have no effect; leave it out"
+            )
+
     def learning_rate_factor(self, learning_rate: float) -> Callable[[int], float]:
-        """What to multiply the trainer's learning rate by at a step (for ``LambdaLR``)."""
+        """What to multiply the first method's learning rate by at a step (for ``LambdaLR``).
+
+        Raises:
+            ConfigError: that is 0, and a stage has a rate of its own.
+        """
+        if not learning_rate and any(stage.learning_rate for stage in self.stages):
+            raise ConfigError(
+                "learning_rate=0 trains nothing, and a stage has a learning rate of its own; give the trainer a rate "
+                "above 0, or leave the stage's out"
+            )
 
         def factor(step: int) -> float:
             number = self._number(step)
             stage = self.stages[number]
             done = min(step - (self.ends[number] - stage.steps), stage.steps)
             warmup = round(stage.warmup * stage.steps)
-            highest = (stage.learning_rate or learning_rate) / learning_rate
+            highest = stage.learning_rate / learning_rate if stage.learning_rate else 1.0
             if done < warmup:
                 return highest * (done + 1) / (warmup + 1)
             return highest * (stage.steps - done) / (stage.steps - warmup)

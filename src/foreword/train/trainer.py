@@ -7,31 +7,29 @@ leaves the finite stops the run with the last good prefix saved.
 
 from __future__ import annotations
 
-import math
-import statistics
 import warnings
 from collections import deque
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from foreword._boundary import told
-from foreword._offloaded import is_offloaded, to_the_end
+from foreword._offloaded import is_offloaded
 from foreword._under_way import BOUNDARY
-from foreword.config import PrefixConfig
 from foreword.data.mixture import TaskMixture
-from foreword.errors import AttachError, ConfigError, DivergedError, PrefixFileError
-from foreword.methods import usual_learning_rate
+from foreword.errors import ConfigError, PrefixFileError
 from foreword.orthogonal import penalty
 from foreword.quantized import adapters_are_on
 from foreword.train import tasks
+from foreword.train._generating import Generating
+from foreword.train._watched import LAST_GOOD, Watched
 from foreword.train.arguments import PrefixTrainingArguments
 from foreword.train.checkpoints import (
     STATE,
@@ -41,68 +39,83 @@ from foreword.train.checkpoints import (
     require_whole,
     resume_point,
 )
+from foreword.train.checks import NO_FSDP, NO_PUSH, check_arguments, default_collator, one_device, trainable_tuning
 from foreword.train.curves import draw_curves
+from foreword.train.optimizing import check_own_optimizer, divide, rates_by_group, settle_learning_rate
 from foreword.train.rollback import EVENT as ROLLED_BACK
 from foreword.train.rollback import RollBack
 from foreword.train.stages import LayerByLayer
-from foreword.tuning import Tuning, tuning_of
+from foreword.train.watch import risen_loss
 
 __all__ = ["LAST_GOOD", "STATE", "WATCH", "PrefixTrainer", "last_checkpoint", "load_training_state"]
 
-LAST_GOOD = "last-good"
 _GIVEN = ("condition", "task", BOUNDARY)
 
 
-class PrefixTrainer(Trainer):
+class PrefixTrainer(Watched, Generating, Trainer):
     """Trains the prefix that is attached to a model.
 
     Args:
         model: a model with a trainable prefix on it (``fw.attach(model, fw.PrefixConfig(...))``).
         args: :class:`PrefixTrainingArguments`, or plain ``TrainingArguments``.
-        kwargs: as for ``transformers.Trainer``; data sets may be a ``TaskMixture``.
+        kwargs: as for ``transformers.Trainer``; data sets may be a ``TaskMixture``. Without a ``data_collator``,
+            encoded data are padded by foreword's. ``model_init`` returns a model with a prefix on it.
 
     Raises:
-        AttachError: no trainable prefix is attached, or the model was offloaded after it was attached.
-        ConfigError: accelerate was asked to shard the model, or an offloaded one is to be trained in several processes;
+        AttachError: no trainable prefix is attached, the model is wrapped (``torch.compile``, ``DataParallel``), or was
+            offloaded after it was attached.
+        ConfigError: an argument that can't be followed, with the reason (``push_to_hub``, ``fsdp``, …); accelerate was
+            asked to shard the model, or an offloaded one is to be trained in several processes;
             the tasks of prefix and data differ, or a penalty between tasks has no two of them.
     """
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments | None = None, **kwargs: Any) -> None:
-        tuning = tuning_of(model)
-        if tuning is None or not tuning.trainable:
-            raise AttachError(
-                "PrefixTrainer trains a prefix, and this model has no trainable one; attach one first: "
-                "fw.attach(model, fw.PrefixConfig(length=20), tokenizer=tokenizer), or go on with a saved one: "
-                "fw.attach(model, prefix, trainable=True)"
-            )
-        if any(p.is_meta for p in tuning.parameters()):
-            raise AttachError(
-                "the prefix has no numbers of its own: the model was offloaded with the prefix on it; detach, offload "
-                "the model, and attach then"
-            )
-        self.tuning = tuning
+    def __init__(
+        self, model: PreTrainedModel | None = None, args: TrainingArguments | None = None, **kwargs: Any
+    ) -> None:
+        given = dict(kwargs)
         args = args if args is not None else PrefixTrainingArguments(output_dir="runs/prefix")
-        kwargs = tasks.prepared(tuning, args, kwargs)
-        _settle_learning_rate(args, tuning)
-        self._norms: deque[float] = deque(maxlen=50)
-        self._overlaps: deque[Tensor] = deque(maxlen=1000)  # of tasks, since the last line of the log
-        self._good: list[Tensor] = []
-        with adapters_are_on(model):
-            super().__init__(model, args, **kwargs)
-        if self.is_fsdp_enabled:
-            raise ConfigError(
-                "accelerate's FSDP would shard the prefix with the base model, and its checkpoints hold the base; load "
-                "the base sharded instead and launch as for DDP: from_pretrained(..., distributed_config="
-                "DistributedConfig(fsdp_size=N)), with save_only_model=True in the arguments (docs/distributed.md)"
+        if (make := given.pop("model_init", None)) is not None:
+            model = _from_init(model, make, args, given)
+        self.tuning = tuning = trainable_tuning(model, "what model_init returned" if make is not None else "")
+        model = tuning.model
+        check_arguments(args, model)
+        given = tasks.prepared(tuning, args, given)
+        self._asked_rate = args.learning_rate
+        own = given.get("optimizer_cls_and_kwargs") or (given.get("optimizers") or (None,))[0]
+        settle_learning_rate(args, tuning, own=own is not None)
+        if given.get("data_collator") is None:
+            sets = (given.get("train_dataset"), given.get("eval_dataset"))
+            given["data_collator"] = default_collator(model, given.get("processing_class"), sets)
+        if one_device(args):
+            warnings.warn(
+                "PrefixTrainer uses one GPU in one process; launch the script with torchrun or accelerate to use all",
+                stacklevel=2,
             )
+        self._overlaps: deque[Tensor] = deque(maxlen=1000)  # of tasks, since the last line of the log
+        self._begin_watch(args)
+        with adapters_are_on(model):
+            super().__init__(model, args, **given)
+        self.model_init = make
+        self._settle_generation()
+        if self.optimizer is not None:
+            check_own_optimizer(self.optimizer, tuning)
+        if self.is_fsdp_enabled:
+            raise ConfigError(NO_FSDP)
         if is_offloaded(model):
             if self.args.world_size > 1:
                 raise ConfigError(
                     "weights that are kept elsewhere (offloaded) can't be brought in by several processes at once; "
                     "train in one process, or shard the base with FSDP2 (docs/distributed.md)"
                 )
-            self.args._n_gpu = 1
             self.accelerator.device_placement = False  # its hooks place it
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The model that ``model_init`` makes, with what is attached to it."""
+        model = super().call_model_init(trial)
+        self.tuning = trainable_tuning(model, "what model_init returned")
+        self.args.learning_rate = self._asked_rate
+        settle_learning_rate(self.args, self.tuning, own=True)
+        return model
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Not where hooks bring the weights in: they know the device."""
@@ -110,12 +123,10 @@ class PrefixTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """One group of parameters for each method that is trained, each with its learning rate."""
+        """Trainer's, with one group of parameters for each method that is trained, at its learning rate."""
         if self.optimizer is None:
-            chosen, options = self.get_optimizer_cls_and_kwargs(self.args, cast(PreTrainedModel, self.model))
-            options.pop("lr", None)
-            groups = self.tuning.parameter_groups(self.args.learning_rate)
-            self.optimizer = chosen(groups, weight_decay=self.args.weight_decay, **options)
+            rate = (self.optimizer_cls_and_kwargs or ((), {}))[1].get("lr", self.args.learning_rate)
+            divide(super().create_optimizer(*args, **kwargs), self.tuning.parameter_groups(rate))
         return self.optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -126,13 +137,15 @@ class PrefixTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of the stages where there are any (``LayerByLayer``), else the arguments'."""
-        stages = next((c for c in self.callback_handler.callbacks if isinstance(c, LayerByLayer)), None)
-        if stages is not None and self.lr_scheduler is None:
-            factor = stages.learning_rate_factor(self.args.learning_rate)
-            self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), factor)
+        optimizer = optimizer or self.optimizer
+        if (stages := self._callback(LayerByLayer)) is not None:
+            stages.check_schedule(self.args, self.lr_scheduler)
+            factor = stages.learning_rate_factor(float(optimizer.param_groups[0]["lr"]))
+            self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer), factor)
             self._created_lr_scheduler = True
             return self.lr_scheduler
-        return super().create_scheduler(num_training_steps, optimizer)
+        with rates_by_group(self.args, optimizer):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     # ---------------------------------------------------------------- several tasks
 
@@ -178,79 +191,6 @@ class PrefixTrainer(Trainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, mean)
         return metrics
 
-    # ---------------------------------------------------------------- watching for divergence
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        with to_the_end(model):
-            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        # One process sees its own rows only, and one that stopped or went back alone would leave the others waiting.
-        each = loss.detach().float().reshape(1)
-        each = self.accelerator.gather(each) if self.args.world_size > 1 else each
-        if not torch.isfinite(each).all():
-            first = int((~torch.isfinite(each)).nonzero()[0])
-            what = f"the loss is {float(each[first])}" + (f" in process {first}" if len(each) > 1 else "")
-            if self._rolled_back(what):
-                return torch.zeros_like(loss)
-            self._stop(what, gather_object([self._batch(inputs)])[first])
-        if self._recovery is not None and (what := self._recovery.rising(float(each.mean()))):
-            self._rolled_back(what)  # past its times the run goes on: the loss is a number still
-        self._good = [p.detach().clone() for p in self.tuning.parameters()]
-        return loss
-
-    @property
-    def _recovery(self) -> RollBack | None:
-        return next((c for c in self.callback_handler.callbacks if isinstance(c, RollBack)), None)
-
-    def _rolled_back(self, what: str) -> bool:
-        """Whether a :class:`RollBack` took the run back to where it was well."""
-        recovery = self._recovery
-        return recovery is not None and recovery.recover(self.state, self.optimizer, self.lr_scheduler, what)
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        result = super()._clip_grad_norm(model)
-        if what := self._wrong_with(float(result)):
-            if self._rolled_back(what):
-                return torch.zeros_like(result)
-            self._stop(what)
-        self._norms.append(float(result))
-        return result
-
-    def _wrong_with(self, norm: float) -> str:
-        """What a gradient's norm says of divergence; empty: nothing."""
-        if not math.isfinite(norm):
-            return f"the gradient's norm is {norm}"
-        factor = getattr(self.args, "explode_factor", 1000.0)
-        usual = statistics.median(self._norms) if len(self._norms) >= 10 else math.inf
-        if norm > factor * usual:
-            return f"the gradient's norm is {norm:.3g}, {factor:g} times the usual {usual:.3g}"
-        return ""
-
-    def _stop(self, what: str, batch: str = "") -> None:
-        """Save the last good prefix and raise, in every process."""
-        saved = ""
-        if self._good:
-            with torch.no_grad():
-                for parameter, good in zip(self.tuning.parameters(), self._good, strict=True):
-                    parameter.copy_(good)
-            folder = Path(self.args.output_dir or ".") / LAST_GOOD
-            if self.args.should_save:
-                self.tuning.save(folder)
-            self.accelerator.wait_for_everyone()  # the end of one process is the end of all
-            saved = f" The last good prefix is in {folder}."
-        batch = f" on the batch {batch}" if batch else ""
-        raise DivergedError(
-            f"training diverged at step {self.state.global_step + 1}: {what}{batch}.{saved} Try a third of the "
-            f"learning rate (it was {self.args.learning_rate:g}), more warm-up or init from a text; look at the batch"
-        )
-
-    def _batch(self, inputs: dict[str, Any]) -> str:
-        ids = inputs.get("input_ids")
-        if ids is None:
-            return ", ".join(f"{k} {tuple(v.shape)}" for k, v in inputs.items() if isinstance(v, Tensor))
-        decode = getattr(self.processing_class, "decode", None)
-        start = decode(ids[0][:24]) if decode is not None else ids[0][:24].tolist()
-        return f"of shape {tuple(ids.shape)} that begins {start!r}"
-
     # ---------------------------------------------------------------- saving and resuming
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -265,9 +205,17 @@ class PrefixTrainer(Trainer):
         temporary.replace(folder / STATE)
         (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: what is uploaded is a prefix with its own card.
+
+        Raises:
+            ConfigError: always, with what to call instead.
+        """
+        raise ConfigError(NO_PUSH)
+
     def _record(self) -> dict[str, Any]:
         """What the prefix's file says of its training."""
-        record: dict[str, Any] = {"steps": self.state.global_step, "learning_rate": self.args.learning_rate}
+        record: dict[str, Any] = {"steps": self.state.global_step, "learning_rate": self._rate}
         for entry in reversed(self.state.log_history):
             for name in ("loss", "eval_loss"):
                 if name in entry and name not in record:
@@ -280,9 +228,9 @@ class PrefixTrainer(Trainer):
         """With what the watch over divergence has seen, so that a run that goes on decides as if it had not stopped."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            seen = {"norms": torch.tensor(list(self._norms), dtype=torch.float64)}
-            if self._recovery is not None:
-                seen |= self._recovery.tensors()
+            seen = self._watch.tensors()
+            if (recovery := self._callback(RollBack)) is not None:
+                seen |= recovery.tensors()
             save_file({k: t.cpu().contiguous() for k, t in seen.items()}, Path(output_dir) / WATCH)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -294,9 +242,14 @@ class PrefixTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint) / WATCH).is_file():
             seen = load_file(path)
-            self._norms.extend(seen.pop("norms").tolist())
-            if self._recovery is not None:
-                self._recovery.load(seen)
+            self._watch.load(seen)
+            if (recovery := self._callback(RollBack)) is not None:
+                recovery.load(seen)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """The scale of fp16's loss, where there is still one: a run may go on in bf16 or in 32 bits."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_training_state(self.tuning, Path(resume_from_checkpoint))
@@ -329,20 +282,26 @@ class PrefixTrainer(Trainer):
             require_whole(Path(resume_from_checkpoint))
         self._overlaps.clear()  # an estimate of the memory has run the loss
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if risen := risen_loss(self.state.log_history):
+            warnings.warn(f"{risen}; try a third of the learning rate (it was {self._rate:g})", stacklevel=2)
         if self.args.should_save and self.state.log_history:
             folder = Path(self.args.output_dir or ".")
             draw_curves({folder.name: self.state.log_history}, folder / "curve.png")
         return result
 
 
-def _settle_learning_rate(args: TrainingArguments, tuning: Tuning) -> None:
-    first = tuning.configs[0] if tuning.configs else None
-    usual = usual_learning_rate(first) if first is not None else tuning.parameter_groups()[0]["lr"]
-    if args.learning_rate is None:
-        args.learning_rate = (first.learning_rate if first is not None else None) or usual
-    elif args.learning_rate <= usual / 100:
-        what = "a prefix" if isinstance(first, PrefixConfig | None) else "this"
-        name = f"reparam={first.reparam!r}" if isinstance(first, PrefixConfig) else getattr(first, "method", "keys")
-        warnings.warn(
-            f"learning_rate={args.learning_rate:g} hardly moves {what}; {usual:g} is usual for {name}", stacklevel=3
+def _from_init(model: Any, make: Any, args: TrainingArguments, given: dict[str, Any]) -> Any:
+    """The first model of a ``model_init``; each training run makes another.
+
+    Raises:
+        ConfigError: a model is given as well, or an optimizer, which would train this model's prefix for ever.
+    """
+    if model is not None:
+        raise ConfigError("PrefixTrainer was given a model and model_init; give it one of them")
+    if any(part is not None for part in given.get("optimizers") or ()):
+        raise ConfigError(
+            "model_init makes a new model with each train(), and the optimizer that was given holds the parameters of "
+            "another; leave it out, or give optimizer_cls_and_kwargs=(class, {...})"
         )
+    set_seed(args.seed)
+    return make() if not signature(make).parameters else make(None)
