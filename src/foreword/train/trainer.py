@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from foreword._offloaded import is_offloaded, to_the_end
 from foreword.config import PrefixConfig
+from foreword.data.encoded import form_of
 from foreword.data.mixture import TaskMixture
 from foreword.errors import AttachError, ConfigError, DivergedError, PrefixFileError
 from foreword.methods import usual_learning_rate
@@ -79,6 +80,7 @@ class PrefixTrainer(Trainer):
                 "the model, and attach then"
             )
         self.tuning = tuning
+        tuning.metadata |= form_of(kwargs.get("train_dataset"))
         args = args if args is not None else PrefixTrainingArguments(output_dir="runs/prefix")
         kwargs = tasks.prepared(tuning, args, kwargs)
         _settle_learning_rate(args, tuning)
