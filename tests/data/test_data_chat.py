@@ -289,7 +289,6 @@ def test_an_empty_input_still_supervises_the_first_token(plain: Tokenizer, with_
         item = encoded(tokenizer, record)[0]
         ids = [*tokenizer("The sea", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         assert (item["input_ids"], item["labels"]) == ([tokenizer.bos_token_id, *ids], [-100, *ids])
-        assert prompt_ids([""], tokenizer) == [[tokenizer.bos_token_id]]
     assert encoded(plain, {"text": "The sea"})[0]["labels"][0] == -100
     assert encoded(plain, {"text": "The sea"})[0]["input_ids"] == ids
     unopened = Tokenizer(tokenizer_object=plain.backend_tokenizer, eos_token="<eos>")

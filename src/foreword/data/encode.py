@@ -176,8 +176,6 @@ def prompt_ids(
             opening = 1 if body and body[0] == bos else 0
             before, body, after = body[:opening], body[opening:], []
         found.append([*before, *(body if max_length is None else _last(body, max_length)), *after])
-        if not found[-1] and given == "" and bos is not None and not seq2seq:
-            found[-1] = [bos]  # as in training
         if not found[-1]:
             raise DataError(
                 f"{name} is empty, and this tokenizer opens no text by itself; give it a text to go on from"
