@@ -54,6 +54,22 @@ DROPS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>{{ m.content.split('</think>')[-1] }}<|im_end|>"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
 )
+# As GLM-4.6's: earlier answers are written with empty reasoning; nothing ends a turn but the next one's beginning.
+EMPTIES = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_end|>\n{{ m.content }}{% else %}<|im_start|>"
+    "{% set c = m.content.split('</think>')[-1] %}{% set r = m.content.split('</think>')[0].split('<think>')[-1] %}"
+    "{{ '\n<think>' ~ (r if loop.index0 > ns.last and '</think>' in m.content else '') ~ '</think>\n' ~ c.strip() }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+# As Mistral's: tools stand before the last question.
+MOVES = (
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{% if m == (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}[{{ tools | tojson }}]{% endif %}"
+    "<|im_start|>{{ m.content }}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
@@ -180,6 +196,14 @@ def test_reasoning_templates(chat: Tokenizer) -> None:
     )
 
 
+def test_templates_that_write_earlier_answers_with_empty_reasoning(chat: Tokenizer) -> None:
+    empties = templated(chat, EMPTIES)
+    tight = [user("a"), answer("<think>why</think>b")]
+    assert learned(empties, TWO) == ["\n<think></think>\nHello", "\n<think></think>\nYes.<eos>"]
+    with pytest.warns(UserWarning, match="reasoning before the last answer"):
+        assert learned(empties, [*tight, *tight]) == ["\n<think></think>\nb", "\n<think>why</think>\nb<eos>"]
+
+
 def test_steps_with_tools(chat: Tokenizer) -> None:
     """The second answer of a turn, where the template has rewritten the first once the next question follows."""
     tokenizer = templated(chat, REASONS)
@@ -239,6 +263,10 @@ def test_what_cannot_be_proved_is_refused(chat: Tokenizer) -> None:
         with pytest.raises(DataError, match=rf"list\[0\]: .*{words}"):
             encoded(templated(chat, template), TWO)
     assert learned(templated(chat, RETURNS), TWO, turns="last") == ["Yes.<eos>"]
+    tools = [{"name": "f", "parameters": {}}]
+    with pytest.raises(DataError, match=r"messages\[1\]: the chat template writes what comes before this answer in"):
+        encoded(templated(chat, MOVES), {"messages": TWO, "tools": tools})
+    assert learned(templated(chat, MOVES), {"messages": TWO, "tools": tools}, turns="last") == ["Yes.<|im_end|>"]
     with pytest.raises(DataError, match="leaves out the tool calls"):
         encoded(chat, [user("q"), calling("f", {})])
     with pytest.raises(DataError, match="leaves out the reasoning"):

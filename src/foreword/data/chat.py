@@ -9,24 +9,21 @@ the whole where the answer begins. What can't be proved is refused.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ..errors import DataError
 from ._example import Example
 from ._say import option
 from .messages import is_learned
+from .template import Chat, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Turns = Literal["all", "last"]
-Span = tuple[int, int]
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # fields of a message
 _THOUGHT = "</think>"  # ends the reasoning in an answer's content
 
 
@@ -82,142 +79,6 @@ def answers(example: Example, tokenizer: PreTrainedTokenizerBase, turns: Turns =
 
 def _asked(messages: Sequence[Mapping[str, Any]], index: int) -> bool:
     return any(m["role"] not in ("system", "developer") for m in messages[:index])
-
-
-class Chat:
-    """A conversation with the template that writes it."""
-
-    def __init__(
-        self,
-        source: str,
-        tokenizer: PreTrainedTokenizerBase,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                f"{source}: the example is a conversation, but the tokenizer has no chat template. Set "
-                "tokenizer.chat_template, or give the data as input and output."
-            )
-        self.source, self.tokenizer = source, tokenizer
-        self.tools: list[Any] | None = [dict(tool) for tool in tools] if tools else None
-        self.options = dict(options or {})
-        self.messages: list[dict[str, Any]] = [dict(m) for m in messages]
-        self._known: dict[tuple[int, bool], str] = {}
-        if any(m.get("tool_calls") for m in self.messages):
-            self.messages = self._readable()
-
-    @cached_property
-    def whole(self) -> str:
-        return self.render(len(self.messages), generate=False)
-
-    @cached_property
-    def marked(self) -> bool:
-        """Whether the template marks what the assistant writes."""
-        return bool(_MARKS.search(self.template))
-
-    @cached_property
-    def template(self) -> str:
-        return str(self.tokenizer.get_chat_template(None, self.tools))
-
-    def render(self, count: int, *, generate: bool) -> str:
-        """The first messages as text, with the opening of an answer or without.
-
-        Raises:
-            DataError: The template refuses them.
-        """
-        if (count, generate) not in self._known:
-            self._known[count, generate] = self._rendered(self.messages[:count], generate)
-        return self._known[count, generate]
-
-    def blocks(self, count: int) -> list[Span]:
-        """What the template marks as the assistant's in the first messages."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        given = {**self.tokenizer.special_tokens_map, **self.options}
-        try:
-            render: Any = render_jinja_template
-            texts, found = render(
-                conversations=[self.messages[:count]], tools=self.tools, chat_template=self.template,
-                return_assistant_tokens_mask=True, add_generation_prompt=False, **given,
-            )  # fmt: skip
-        except Exception as error:  # a template may raise anything
-            raise DataError(f"{self.source}: the chat template refuses this conversation: {error}") from error
-        if texts[0] != self.render(count, generate=False):
-            raise DataError(
-                f"{self.source}: the tokenizer writes this conversation in another way than its chat template does, so "
-                "the marks of the template can't be trusted. Use a template without {% generation %}."
-            )
-        return [(start, end) for start, end in found[0] if end > start]
-
-    def _rendered(self, messages: list[dict[str, Any]], generate: bool) -> str:
-        try:
-            render: Any = self.tokenizer.apply_chat_template
-            return str(
-                render(messages, tools=self.tools, tokenize=False, add_generation_prompt=generate, **self.options)
-            )
-        except Exception as error:  # a template may raise anything, from its own complaints to type errors
-            raise DataError(f"{self.source}: the chat template refuses this conversation: {error}") from error
-
-    def _readable(self) -> list[dict[str, Any]]:
-        """The messages with the form of tool calls that this template can write.
-
-        Arguments may be an object or JSON, and content absent or empty. Templates that expect the other form of
-        arguments raise, print Python's form of a dict, or quote JSON a second time.
-        """
-        error: DataError | None = None
-        for messages in _variants(self.messages):
-            try:
-                text = self._rendered(messages, generate=False)
-            except DataError as exc:
-                error = error or exc
-                continue
-            if not any(wrong in text for wrong in _misread(messages)):
-                return messages
-        raise error or DataError(
-            f"{self.source}: the chat template writes the arguments of tool calls neither as JSON nor one by one. Use "
-            "another template."
-        )
-
-
-def _variants(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    for arguments in (_as_object, _as_json):
-        for fill in ({}, {"content": ""}):
-            yield [
-                {**fill, **m, "tool_calls": [_with_arguments(call, arguments) for call in m["tool_calls"]]}
-                if m.get("tool_calls")
-                else m
-                for m in messages
-            ]
-
-
-def _with_arguments(call: Mapping[str, Any], form: Any) -> dict[str, Any]:
-    inner = dict(call["function"])
-    return {**call, "function": {**inner, "arguments": form(inner.get("arguments", {}))}}
-
-
-def _as_object(arguments: object) -> object:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        return json.loads(arguments) if arguments.strip() else {}
-    except ValueError:
-        return arguments
-
-
-def _as_json(arguments: object) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-def _misread(messages: list[dict[str, Any]]) -> Iterator[str]:
-    """What stands in a text if the template misreads the arguments."""
-    for call in (call for m in messages for call in m.get("tool_calls") or ()):
-        arguments = call["function"]["arguments"]
-        if isinstance(arguments, str):
-            yield json.dumps(arguments, ensure_ascii=False)
-        elif repr(arguments) != json.dumps(arguments, ensure_ascii=False):
-            yield repr(arguments)
 
 
 # --- the answers ------------------------------------------------------------------------------------------
@@ -284,26 +145,36 @@ class _Finder:
         self._check(index, answer)
         if whole.startswith(alone):
             return len(prompt), len(alone)
-        found = self._elsewhere(index, prompt, alone)
+        history = chat.render(index, generate=False)
+        at = self._end_of(index, history)
+        if at is None or not prompt.startswith(history):
+            self._refuse(
+                index, "the chat template writes what comes before this answer in another way once more follows"
+            )
+        found = self._elsewhere(index, at, len(prompt) - len(history), alone[len(history) :])
         if found is None:
             self._refuse(index, "the chat template writes this answer in another way once more follows it")
         return found
 
-    def _elsewhere(self, index: int, prompt: str, alone: str) -> Span | None:
+    def _elsewhere(self, index: int, at: int, opening: int, written: str) -> Span | None:
         """An answer in a whole that does not begin as the rendering up to the answer does.
 
-        What comes before it is placed first, so that nothing else can be taken for it: then the opening of an answer
-        follows, and of opening and answer the template may leave out the reasoning.
+        What comes before it is placed first, so that nothing else can be taken for it; of the opening of an answer and
+        the answer, the template may leave out the reasoning.
+
+        Args:
+            at: where in the whole what comes before the answer ends.
+            opening: characters of ``written`` that open an answer.
+            written: what the template writes there while the answer is the last.
         """
-        whole, history = self._chat.whole, self._chat.render(index, generate=False)
-        at = self._end_of(index, history)
-        if at is None or not prompt.startswith(history):
-            return None
-        written, opening = alone[len(history) :], len(prompt) - len(history)
-        same = next((i for i, (a, b) in enumerate(zip(whole[at:], written, strict=False)) if a != b), len(written))
-        if same == len(written):
+        whole, message = self._chat.whole, self._chat.messages[index]
+        if whole.startswith(written, at):
             return at + opening, at + len(written)
-        start, message = at + min(same, opening), self._chat.messages[index]
+        if _reasoning(message) and whole.startswith(bare := self._without_reasoning(index), at) and len(bare) > opening:
+            self.unwritten += 1
+            return at + opening, at + len(bare)
+        same = next(i for i, (a, b) in enumerate(zip(whole[at:], written, strict=False)) if a != b)
+        start = at + min(same, opening)
         for cut in range(opening + (same >= opening), len(written)):
             if whole.startswith(written[cut : cut + 32], start) and whole.startswith(kept := written[cut:], start):
                 if not _is_said(_visible(message), message, kept):
@@ -311,6 +182,15 @@ class _Finder:
                 self.unwritten += bool(_reasoning(message))
                 return start, start + len(kept)
         return None
+
+    def _without_reasoning(self, index: int) -> str:
+        """What the template writes for an answer and its opening, once the reasoning is taken out of the message."""
+        chat = self._chat
+        bare = {name: value for name, value in chat.messages[index].items() if name not in _REASONING}
+        if "content" in bare:
+            bare["content"] = _visible(bare).lstrip("\n")
+        text = chat.rendered([*chat.messages[:index], bare], generate=False)
+        return text.removeprefix(chat.render(index, generate=False))
 
     def _end_of(self, index: int, history: str) -> int | None:
         """Where in the whole the messages before ``index`` end: as its beginning, or behind the answer before."""
@@ -357,7 +237,7 @@ def _visible(message: Mapping[str, Any]) -> str:
 
 def _reasoning(message: Mapping[str, Any]) -> str:
     """The reasoning before an answer: in a field of its own, or in the content."""
-    for name in ("reasoning_content", "reasoning", "thinking"):
+    for name in _REASONING:
         if isinstance(value := message.get(name), str) and value.strip():
             return value
     return str(message.get("content") or "").rpartition(_THOUGHT)[0].rpartition("<think>")[2].strip()

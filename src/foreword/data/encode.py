@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError
 from ._example import Conversation, Example
 from ._say import option
-from .chat import Chat, Turns
+from .chat import Turns
+from .template import Chat
 from .tokens import Parts, ids_of, special_ids, tokenised
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ._example import Example
-from .chat import Answers, Span, Turns, answers
+from .chat import Answers, Turns, answers
+from .template import Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
