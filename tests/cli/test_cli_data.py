@@ -75,6 +75,8 @@ def test_unused_columns_and_refusals_name_options_of_the_command_line(run, folde
     code, _, err = run(*command, lines("a.jsonl", record))
     assert code == 0 and err.count("columns not used") == 1
     assert "data: columns not used: context, label (--where label=VALUE keeps rows by it; to use one: --column " in err
+    code, _, err = run(*command, lines("a.jsonl", record), "--valid", lines("v.jsonl", record))
+    assert code == 0 and err.count("columns not used") == 1
     assert "not used: context" in run(*command, lines("a.jsonl", record), "--where", "label=1")[2]
     code, _, err = run(*command, lines("b.jsonl", {"question": "The film?", "answer": " is good."}))
     assert code == 1 and "--column input=question --column output=answer, or --chat" in err and "columns=" not in err

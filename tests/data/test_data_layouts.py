@@ -192,6 +192,7 @@ def test_openais_exports() -> None:
                               {"role": "function", "name": "f", "content": "3"}, ANSWER]})  # fmt: skip
     assert (older.messages or ())[1]["tool_calls"] == [{"type": "function", "function": call["function"]}]
     assert (older.messages or ())[2]["role"] == "tool"
+    assert one({"messages": json.dumps([USER, ANSWER])}).messages == (USER, ANSWER), "as a .csv has it"
     picture = [{"type": "image_url", "image_url": {"url": "x"}}]
     refused({"messages": [{"role": "user", "content": picture}, ANSWER]}, "only parts of text are read")
     refused({"messages": [USER, {**ANSWER, "tool_calls": [{"id": 1}]}]}, "messages[1].tool_calls[0]")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from foreword.data import EncodedDataset, Example
+    from foreword.data.examples import Examples as Found
 
 Examples = tuple[list[Any], list[Any] | None]
 
@@ -77,10 +78,11 @@ class Source:
     def read(self) -> Examples:
         """Training examples, and validation examples where there are any."""
         examples = self._read(self.data)
-        if self.valid:
-            return examples, self._read(self.valid)
-        if self.valid_share is None:
-            return examples, None
+        valid = self._read(self.valid) if self.valid else None
+        for line in dict.fromkeys(found.describe_unused() for found in (examples, valid) if found and found.unused):
+            say(line, self.label)
+        if valid is not None or self.valid_share is None:
+            return examples, valid
         return hold_out(examples, self.valid_share, self.seed)
 
     def encode(
@@ -103,14 +105,12 @@ class Source:
         found += [*(["--turns", self.turns] if self.turns != "all" else []), *(["--chat"] if self.chat else [])]
         return [*found, "--max-length", str(self.max_length)]
 
-    def _read(self, source: str | Sequence[str]) -> list[Any]:
+    def _read(self, source: str | Sequence[str]) -> Found:
         columns, where = pairs(self.column, "--column") or None, pairs(self.where, "--where") or None
-        return read(
-            source, self.label, split=self.split, limit=self.limit, columns=columns, where=where, chat=self.chat
-        )
+        return _collected(source, split=self.split, limit=self.limit, columns=columns, where=where, chat=self.chat)
 
 
-def read(source: str | Sequence[str], label: str = "", **options: Any) -> list[Example]:
+def read(source: str | Sequence[str], **options: Any) -> list[Example]:
     """The examples of one or several sources; says which columns are not used.
 
     Args:
@@ -119,13 +119,17 @@ def read(source: str | Sequence[str], label: str = "", **options: Any) -> list[E
     Raises:
         DataError: as ``read_examples``.
     """
+    found = _collected(source, **options)
+    if found.unused:
+        say(found.describe_unused())
+    return found
+
+
+def _collected(source: str | Sequence[str], **options: Any) -> Found:
     from foreword.data.examples import collect
 
     sources = _each(source)
-    found = collect(sources[0] if len(sources) == 1 else sources, **options)
-    if found.unused:
-        say(found.describe_unused(), label)
-    return found
+    return collect(sources[0] if len(sources) == 1 else sources, **options)
 
 
 def say(line: str, label: str = "") -> None:

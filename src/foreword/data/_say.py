@@ -39,11 +39,19 @@ def option(name: str, value: str | int) -> str:
     return f"{name}: {str(value).lower()}" if _words.get() == "yaml" else f"{name}={value!r}"
 
 
+def argument(name: str) -> str:
+    """An argument that maps columns, by its name: ``columns=`` or ``--column``."""
+    return {"columns": "--column", "where": "--where"}[name] if _words.get() == "cli" else f"{name}="
+
+
+def in_python(text: str) -> str:
+    """A remark for those who call from Python; empty for others."""
+    return text if _words.get() == "python" else ""
+
+
 def in_general() -> str:
     """What Python's form looks like where a guess isn't enough; empty in other words, whose help says it."""
-    if _words.get() != "python":
-        return ""
-    return " In general: columns={'input': 'question', 'output': 'answer'}, or {'text': 'body'}."
+    return in_python(" In general: columns={'input': 'question', 'output': 'answer'}, or {'text': 'body'}.")
 
 
 def listed(names: Sequence[str]) -> str:

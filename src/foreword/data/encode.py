@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from ._example import Conversation, Example
-from ._say import option
+from ._say import in_python, option
 from .chat import Turns
 from .template import Chat
 from .tokens import Parts, ids_of, special_ids, tokenised
@@ -215,7 +215,7 @@ def _fit_causal(example: Example, parts: Parts, max_length: int) -> _Fitted:
     if len(labels) == labels.count(IGNORED):
         raise DataError(
             f"{example.source}: nothing is left to learn: the output is one token, and no token comes before "
-            "it. Give it an input, or use eos=True."
+            f"it. Give it an input{in_python(', or use eos=True')}."
         )
     lost = len(parts.spans) - len(whole)
     return _Fitted(ids, labels, cut > 0, len(output) < len(parts.output), lost)
@@ -241,7 +241,7 @@ def _last(ids: list[int], count: int) -> list[int]:
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.eos_token_id is None:
         raise DataError(
-            "The tokenizer has no end token, so the model could not learn where to stop. Set "
-            "tokenizer.eos_token, or use eos=False."
+            "The tokenizer has no end token, so the model could not learn where to stop. "
+            f"{in_python('Set tokenizer.eos_token, or use eos=False.') or 'Use a model whose tokenizer has one.'}"
         )
     return [int(tokenizer.eos_token_id)]

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from ..errors import DataError
-from ._say import in_general, listed, mapped, option
+from ._say import argument, in_general, listed, mapped, option
 
 # Our names, which --column and columns= map.
 NAMES = ("input", "output", "references", "text", "messages", "instruction", "system", "tools")
@@ -55,13 +55,13 @@ def check(columns: Mapping[str, str]) -> None:
     unknown = sorted(set(columns) - set(NAMES))
     if unknown:
         raise DataError(
-            f"columns= maps the unknown name {unknown[0]!r}. The names are {', '.join(sorted(NAMES))}; "
+            f"{argument('columns')} maps the unknown name {unknown[0]!r}. The names are {', '.join(sorted(NAMES))}; "
             f"write {mapped({'input': 'question', 'output': 'answer'})} ({{our name: the file's column}})."
         )
     main = set(columns) - set(_BESIDE)
     if not any(main <= {*shape, *(("input",) if "instruction" in shape else ())} for shape in _SHAPES):
         raise DataError(
-            f"columns= maps {listed(list(columns))}, which no record shape has together. Expected "
+            f"{argument('columns')} maps {listed(list(columns))}, which no record shape has together. Expected "
             f"{'; or '.join(' and '.join(map(repr, shape)) for shape in _SHAPES)}."
         )
 

@@ -25,11 +25,15 @@ _CALLS = ("function_call", "tool_call")
 
 
 def conversation(place: str, name: str, value: object) -> tuple[Message, ...]:
-    """The messages of a list, each ``{role, content}``; ``content`` is missing where there are tool calls alone.
+    """The messages of a list (or of JSON that holds one), each ``{role, content}``.
+
+    ``content`` is missing where there are tool calls alone.
 
     Raises:
         DataError: It is not a list with one message at least, or a message is not of a known form.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a table of texts
+        value = _json(place, name, value)
     if not isinstance(value, list | tuple) or not value:
         raise DataError(f"{place}: {name!r} must be a list of {{role, content}}, not {shown(value)}.")
     return tuple(_message(place, f"{name}[{index}]", message) for index, message in enumerate(value))

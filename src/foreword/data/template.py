@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+from ._say import in_python
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +31,9 @@ class Chat:
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
-                f"{source}: the example is a conversation, but the tokenizer has no chat template. Set "
-                "tokenizer.chat_template, or give the data as input and output."
+                f"{source}: the example is a conversation, but the tokenizer has no chat template. "
+                f"{in_python('Set tokenizer.chat_template') or 'Use a model that has one'}, or give the data as input "
+                "and output."
             )
         self.source, self.tokenizer = source, tokenizer
         self.tools: list[Any] | None = [dict(tool) for tool in tools] if tools else None
