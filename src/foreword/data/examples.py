@@ -161,10 +161,18 @@ def by_record(
     """
     columns = dict(columns or {})
     layouts.check(columns)
+    known: dict[Any, layouts.Layout] = {}  # records of one source have few forms
+    used: dict[Any, set[str]] = {}
     for place, record in _matching(rows, where) if where else rows:
-        layout = layouts.layout_of(place, record, columns, chat)
+        form = (*record, *(value is None for value in record.values()))
+        layout = known.get(form)
+        if layout is None:
+            layout = known[form] = layouts.layout_of(place, record, columns, chat)
         if unused is not None:
-            unused.note(record, layout, shapes.used(layout, record, chat) | set(where or ()))
+            kind = (form, shapes.is_chat(layout, record))
+            if kind not in used:
+                used[kind] = shapes.used(layout, record, chat) | set(where or ())
+            unused.note(record, layout, used[kind])
         yield record, shapes.examples(place, record, layout, columns, chat)
 
 

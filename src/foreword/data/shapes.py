@@ -39,13 +39,13 @@ def alpaca(instruction: str, given: str = "", system: str = "") -> str:
 def used(layout: Layout, record: Mapping[str, Any], chat: bool) -> set[str]:
     """The columns that :func:`examples` makes something of."""
     names = set(layout.columns)
-    talks = chat or _is_chat(layout, record)
+    talks = chat or is_chat(layout, record)
     if not talks:
         names -= {"tools"} if "instruction" in names else {"tools", "system"}
     if "text" in names:
         names -= {"tools", "system"}
     more = {"chat_template_kwargs"} if talks else set()
-    if chat and not _is_chat(layout, record) and "text" not in names:
+    if chat and not is_chat(layout, record) and "text" not in names:
         more |= {"history"}
     return {layout.columns[name] for name in names} | more
 
@@ -76,13 +76,14 @@ def examples(
         name = layout.columns["messages"]
         messages = conversation(place, "messages" if "messages" in columns else name, layout.value(record, "messages"))
         yield _chat(place, record, layout, messages, 0)
-    elif _is_chat(layout, record):
+    elif is_chat(layout, record):
         yield _continued(place, record, layout)
     else:
         yield from _pairs(place, record, layout, chat)
 
 
-def _is_chat(layout: Layout, record: Mapping[str, Any]) -> bool:
+def is_chat(layout: Layout, record: Mapping[str, Any]) -> bool:
+    """Whether a record is a conversation: messages, or a prompt or completion that is a list of them."""
     if "messages" in layout.columns:
         return True
     values = [layout.value(record, name) for name in ("input", "output")]
