@@ -309,6 +309,7 @@ def model_card(prefix: Prefix, name: str, address: str | None = None) -> str:
     base = prefix.fingerprint.base_model
     metrics = prefix.metadata.get("metrics", {})
     rows = "".join(f"| {k} | {v:.4g} |\n" for k, v in metrics.items() if isinstance(v, int | float))
+    asked = _ASKED.get(str(prefix.metadata.get("form")), "")
     table = f"\n## Metrics\n\n| metric | value |\n| --- | --- |\n{rows}" if rows else ""
     return (
         f"---\nlibrary_name: foreword\ntags: [prefix-tuning]\n{f'base_model: {base}' + chr(10) if base else ''}---\n\n"
@@ -316,8 +317,16 @@ def model_card(prefix: Prefix, name: str, address: str | None = None) -> str:
         f"{_what(prefix)} of "
         f"`{base or prefix.fingerprint.model_class}` ({prefix.num_parameters:,} numbers, {prefix.nbytes:,} bytes"
         f"{'' if prefix.storage.plain else f' in memory; stored: {prefix.storage}'}).\n\n"
-        f"```python\nimport foreword as fw\n\nfw.attach(model, fw.Prefix.load({(address or name)!r}))\n```\n{table}"
+        f"```python\nimport foreword as fw\n\nfw.attach(model, fw.Prefix.load({(address or name)!r}))\n```\n"
+        f"{asked}{table}"
     )
+
+
+# How a prefix is asked, by the form of what it was trained on.
+_ASKED = {
+    "chat": "\nTrained on conversations: put prompts into the model's chat template.\n",
+    "alpaca": "\nTrained on instructions: put prompts into Alpaca's form (`foreword generate` does).\n",
+}
 
 
 def _what(prefix: Prefix) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import comparing
 import pytest
@@ -176,3 +177,28 @@ def test_another_source_of_reviews():
     assert list(task.tests) == ["IMDB", "Rotten Tomatoes"] and len(task.tests["Rotten Tomatoes"]) == 30
     texts = {r["input"] + r["output"] for r in task.tests["IMDB"]}
     assert not texts & {r["input"] + r["output"] for r in task.tests["Rotten Tomatoes"]}
+
+
+def test_conversations_from_a_file(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = {"messages": talk, "tools": tools, "label": "x"}
+    split = {"prompt": talk + talk[:1], "completion": talk[1:]}
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row, split)))
+    text = "name: t\ntrain: d.jsonl\nvalid: d.jsonl\ntest: d.jsonl\nmetrics: [bleu]\n"
+    (tmp_path / "t.yaml").write_text(text + "turns: last\n")
+    task = load_task(str(tmp_path / "t.yaml"))
+    assert {"messages": talk, "tools": tools, "label": "x"} in task.train and split in task.train
+    assert task.turns == "last" and task.facts()["turns"] == "last"
+    (tmp_path / "t.yaml").write_text(text + "turns: first\n")
+    with pytest.raises(ConfigError, match="turns is 'first'; expected all or last"):
+        load_task(str(tmp_path / "t.yaml"))
+    (tmp_path / "t.yaml").write_text(text + "group: true\n")
+    with pytest.raises(DataError, match="keys end and group are for inputs and outputs"):
+        load_task(str(tmp_path / "t.yaml"))
+    (tmp_path / "d.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(DataError, match=re.escape("columns: {input: question, output: answer}, or chat: true")):
+        load_task(str(tmp_path / "t.yaml"))
+    (tmp_path / "t.yaml").write_text(text + "chat: true\n")
+    assert load_task(str(tmp_path / "t.yaml")).train == [{"messages": talk}]

@@ -18,11 +18,13 @@ import pytest
 import torch
 
 import foreword as fw
+import zoo
 from foreword.compare import Budget, Watcher, process
 from foreword.compare.folder import Folder
 from foreword.data import Collator, encode, read_examples
 from foreword.errors import ConfigError, DataError
 from foreword.evaluate import Decoding, predict, score
+from foreword.generation import write_on
 from foreword.losses import example_losses, supervised_tokens
 
 HERE = Path(__file__).parent
@@ -341,3 +343,41 @@ def test_a_full_disk_loses_only_the_run_that_was_going_on(model, tmp_path):
     watcher = Runs()
     comparing.comparison(model, seeds=2).run(out, resume=True, watcher=watcher)
     assert len(watcher.seen) == 4 and (base / "result.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_conversations_are_compared_by_their_answers(tmp_path, turns):
+    """The loss is that of the answers' tokens, and texts are written from the conversation up to the last answer."""
+    folder = tmp_path / "model"
+    zoo.build("llama").save_pretrained(folder)
+    tokenizer = zoo.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{{ '<eos>' if m['role'] == 'assistant' else '<bos>' }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    roles = ("user", "assistant", "user", "assistant")
+    parts = [(s[:9], s[9:20], " film", s[20:]) for s in zoo.SENTENCES]
+    talks = [{"messages": [{"role": r, "content": c} for r, c in zip(roles, p, strict=True)]} for p in parts]
+    data = comparing.task(
+        train=talks, valid=talks, tests={"test": talks}, metrics=("bleu",), turns=turns, max_length=99
+    )
+    outcome = comparing.comparison(folder, data=data, methods=("prefix",)).run(tmp_path / "out")
+    model, losses, prompts = zoo.build("llama").eval(), [], []
+    for part in parts:
+        row, learned = [], []
+        for place, text in enumerate(part):
+            answer = place % 2 == 1
+            piece = tokenizer(f"{text}{'<eos>' if answer else '<bos>'}", add_special_tokens=False)["input_ids"]
+            prompts += [list(row)] if place == 3 else []
+            row, learned = row + piece, learned + [answer and (turns == "all" or place == 3)] * len(piece)
+        with torch.no_grad():
+            scores = model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
+        losses += [-float(scores[i - 1, token]) for i, token in enumerate(row) if learned[i]]
+    base = next(row for row in outcome.record["rows"] if row["label"] == "base model")
+    assert base["tests"]["test"]["loss"]["mean"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    files = [[json.loads(line) for line in path.open()] for path in (tmp_path / "out").glob("runs/*/predictions.jsonl")]
+    assert len(files) == 2 and all({line["input"] for line in f} == {"\n".join(p[:3]) for p in parts} for f in files)
+    asked = dict(zip(("\n".join(p[:3]) for p in parts), prompts, strict=True))
+    end = tokenizer.eos_token_id
+    own = [write_on(model, tokenizer, [asked[f["input"]]], max_new_tokens=6, eos_token_id=end)[0] for f in files[0]]
+    assert own in [[line["prediction"] for line in f] for f in files]

@@ -192,15 +192,19 @@ def test_seq2seq_refuses_an_input_without_tokens(plain: Tokenizer) -> None:
 
 @settings(deadline=None)
 @given(text.filter(str.strip), output.filter(str.strip))
-def test_a_conversation_learns_the_last_answer_and_its_end(chat: Tokenizer, question: str, answer: str) -> None:
-    ids, labels = one(chat, conversation("Hi.", "Hello.", question, answer))
-    prompt = (
-        "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
-        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    )
-    before, after = ids_of(chat, prompt), ids_of(chat, f"{answer}<|im_end|>")
+def test_a_conversation_learns_all_answers_or_the_last_and_their_ends(
+    chat: Tokenizer, question: str, answer: str
+) -> None:
+    first, second = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n", "Hello.<|im_end|>"
+    third = f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    before, after = ids_of(chat, first + second + third), ids_of(chat, f"{answer}<|im_end|>")
+    ids, labels = one(chat, conversation("Hi.", "Hello.", question, answer), turns="last")
     assert ids == before + after
     assert labels == [-100] * len(before) + after
+    ids, labels = one(chat, conversation("Hi.", "Hello.", question, answer))
+    start, end = len(ids_of(chat, first)), len(ids_of(chat, first + second))
+    assert ids == before + after
+    assert labels == [-100] * start + ids[start:end] + [-100] * (len(before) - end) + after
     assert labels[-1] == chat.convert_tokens_to_ids("<|im_end|>")
 
 

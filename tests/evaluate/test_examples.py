@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 
 import pytest
 
 from foreword.errors import DataError
-from foreword.evaluate.examples import Task, difference, read_predictions, read_tasks
+from foreword.evaluate.examples import Task, difference, read_predictions, read_tasks, record_of
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
@@ -91,3 +93,33 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="UTF-8"):
         read_predictions(tmp_path / "bad.txt")
+
+
+def test_conversations_keep_their_answers_and_tools():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, call], "tools": tools, "label": "x"},
+        {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, *others = read_tasks(rows)
+    assert json.loads(first.references[0]) == [{"name": "f", "arguments": "{}"}] and first.label == "x"
+    assert first.prompt == ({"role": "user", "content": "q"},) and list(first.messages.tools) == tools
+    assert first.key != read_tasks([{k: v for k, v in rows[0].items() if k != "tools"}])[0].key
+    assert [t.references for t in others] == [("a",), ("a",)] and others[0].key == others[1].key
+    for row, task in zip(rows, (first, *others), strict=True):
+        again = read_tasks([record_of(task.example)])[0]
+        assert again.example == replace(task.example, source="list[0]"), row
+
+
+def test_unused_columns_and_inputs_alone():
+    with pytest.warns(UserWarning, match="columns not used: context"):
+        read_tasks([{"input": "a", "output": "b", "context": "c", "label": "x"}])
+    for record in ({"input": "a"}, {"instruction": "a"}, {"instruction": "a", "input": "b"}):
+        (task,) = read_tasks([record])
+        assert task.references == () and "a" in task.input
+    (task,) = read_tasks([{"question": "q", "answer": "a"}], chat=True)
+    assert (task.prompt, task.references) == (({"role": "user", "content": "q"},), ("a",))

@@ -30,6 +30,7 @@ from foreword.cli import (
     train,
     tune,
 )
+from foreword.data._say import speaking
 from foreword.errors import ForewordError
 
 app = typer.Typer(
@@ -61,6 +62,11 @@ for command in (
     doctor,
 ):
     app.command(name=command.__name__.rsplit(".", 1)[1].rstrip("_"))(command.run)
+
+
+@app.callback()
+def _begin(context: typer.Context) -> None:
+    context.with_resource(speaking("cli"))
 
 
 def main() -> None:

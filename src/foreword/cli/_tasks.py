@@ -53,7 +53,7 @@ class TaskSources:
             )
         return cls({
             name: Source(
-                data=data, valid=valid.get(name), column=own(column, name, named), where=own(where, name, named), **shared
+                data=data, valid=valid.get(name), label=name, column=own(column, name, named), where=own(where, name, named), **shared
             )
             for name, data in named.items()
         })  # fmt: skip

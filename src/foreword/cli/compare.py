@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,7 +123,11 @@ def _task(
     name = name or (known_preset(preset).task if preset is not None else "reviews")
     parted = preset == "extrapolation" and name != "reviews"  # then there are enough of each part
     read = Limits(None, None, None) if parted else Limits(**limits)
-    found = load_task(name, data_dir=data_dir, limits=read, changes=changes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        found = load_task(name, data_dir=data_dir, limits=read, changes=changes)
+    for line in dict.fromkeys(str(w.message) for w in caught):
+        typer.echo(f"data: {line}", err=True)
     if without is not None and preset != "extrapolation":
         raise ConfigError("--without says what preset extrapolation leaves out; give --preset extrapolation")
     if preset != "extrapolation":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from foreword.cli._data import Source
+from foreword.cli._data import ChatOption, Source, Turns, TurnsOption
 from foreword.cli._shared import load_base, print_json, quiet
 from foreword.errors import ConfigError
 
@@ -23,19 +23,21 @@ _LIMITS, _DATA, _RUN = "Limits", "Data", "Run"
 
 def run(
     folder: Annotated[Path, Argument(help="Folder of a saved prefix.")],
-    data: Annotated[str, Option(help="Examples, as for train: shares of attention are measured on them, and distill trains on them.")],
+    data: Annotated[list[str], Option(help="Examples, as for train: shares of attention are measured on them, and distill trains on them.")],
     out: Annotated[Path | None, Option(help="Folder for the smaller prefix.")] = None,
     target_bytes: Annotated[int | None, Option(help="What prefix.safetensors may take: the plan of the least loss.", rich_help_panel=_LIMITS)] = None,
     max_loss_increase: Annotated[float | None, Option(help="What the loss may rise by, in nats a token; alone: the smallest plan.", rich_help_panel=_LIMITS)] = None,
     methods: Annotated[str, Option(help="What is tried, with commas: half, int8, int4, prune, merge, low-rank, distill (trains, minutes).", rich_help_panel=_LIMITS)] = "half,int8,int4,prune,merge,low-rank",
     model: Annotated[str | None, Option(help="Base model, as for train.", show_default="the one that the prefix names")] = None,
-    valid: Annotated[str | None, Option(help="Held-out examples, which plans are judged by.", rich_help_panel=_DATA)] = None,
+    valid: Annotated[list[str] | None, Option(help="Held-out examples, which plans are judged by.", rich_help_panel=_DATA)] = None,
     valid_share: Annotated[float | None, Option(help="Hold this share of --data out instead, chosen by --seed.", rich_help_panel=_DATA, show_default="0.5")] = None,
     column: Annotated[list[str] | None, Option(help="Map a column: input=question (several).", rich_help_panel=_DATA)] = None,
     where: Annotated[list[str] | None, Option(help="Keep rows only: label=1 (several).", rich_help_panel=_DATA)] = None,
     split: Annotated[str | None, Option(help="Split of a datasets name.", rich_help_panel=_DATA)] = None,
     limit: Annotated[int | None, Option(min=1, help="Use the first N examples.", rich_help_panel=_DATA)] = None,
     max_length: Annotated[int, Option(min=1, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 512,
+    turns: TurnsOption = Turns.all,
+    chat: ChatOption = False,
     steps: Annotated[int, Option(min=1, help="Optimizer steps of a distillation.", rich_help_panel=_RUN)] = 100,
     batch_size: Annotated[int, Option(min=1, help="Examples a step.", rich_help_panel=_RUN)] = 8,
     learning_rate: Annotated[float | None, Option(help="Of a distillation.", rich_help_panel=_RUN, show_default="what suits keys and values")] = None,
@@ -50,8 +52,8 @@ def run(
     """Make a trained prefix smaller: try plans on held-out examples, keep the best one within the limits."""
     if out is None and not dry_run:
         raise ConfigError("--out names the folder for the smaller prefix; give one (or --dry-run, to only look)")
-    share = valid_share if valid is not None or valid_share is not None else 0.5
-    source = Source(data, valid, share, column or (), where or (), split, limit, max_length, seed)
+    share = valid_share if valid or valid_share is not None else 0.5
+    source = Source(data, valid, share, column or (), where or (), split, limit, max_length, seed, turns.value, chat)
     chosen = tuple(dict.fromkeys(m.strip() for m in methods.split(",") if m.strip()))
     quiet()
     from rich.console import Console

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from foreword.cli._data import Source, encode_both, hold_out
+from foreword.cli._data import Source, Turns, encode_both, hold_out
 from foreword.cli._shared import print_json, quiet
 from foreword.errors import ConfigError, DataError
 
@@ -41,12 +41,13 @@ def run(
     kinds: Annotated[str | None, Option(help="Of the model's questions, with commas.", rich_help_panel=_QUESTIONS, show_default="all five")] = None,
     chat: Annotated[bool, Option("--chat", help="Ask in the model's chat template instead of as 'Question: … Answer:'.", rich_help_panel=_QUESTIONS)] = False,
     chunk: Annotated[int, Option(min=16, help="Tokens of the document that the model reads to ask about.", rich_help_panel=_QUESTIONS)] = 512,
-    data: Annotated[str | None, Option(help="Examples, as for train.", rich_help_panel=_DATA)] = None,
-    valid: Annotated[str | None, Option(help="Validation examples, in the same form.", rich_help_panel=_DATA)] = None,
+    data: Annotated[list[str] | None, Option(help="Examples, as for train (several are joined).", rich_help_panel=_DATA)] = None,
+    valid: Annotated[list[str] | None, Option(help="Validation examples, in the same form.", rich_help_panel=_DATA)] = None,
     column: Annotated[list[str] | None, Option(help="Map a column: input=question (several).", rich_help_panel=_DATA)] = None,
     where: Annotated[list[str] | None, Option(help="Keep rows only: label=1 (several).", rich_help_panel=_DATA)] = None,
     split: Annotated[str | None, Option(help="Split of a datasets name.", rich_help_panel=_DATA)] = None,
     limit: Annotated[int | None, Option(min=1, help="Use the first N examples.", rich_help_panel=_DATA)] = None,
+    turns: Annotated[Turns, Option(help="Which answers of a conversation are learned: all, or the last.", rich_help_panel=_DATA)] = Turns.all,
     valid_share: Annotated[float | None, Option(help="Hold this share of the examples out for validation.", rich_help_panel=_RUN)] = None,
     max_length: Annotated[int, Option(min=2, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_RUN)] = 256,
     top: Annotated[int, Option(min=1, help="Likeliest tokens of the teacher that are kept of each position.", rich_help_panel=_RUN)] = 20,
@@ -72,7 +73,7 @@ def run(
         raise ConfigError(
             "the teacher is --document FILE, or --teacher-prefix DIR with --data FILE; give one of the two"
         )
-    if (teacher_prefix is None) != (data is None):
+    if (teacher_prefix is None) != (not data):
         raise ConfigError("--teacher-prefix and --data go together: the prefix is asked about these examples")
     for name, value in (("--learning-rate", learning_rate), ("--epochs", epochs)):
         if value is not None and not 0 < value < math.inf:
@@ -89,8 +90,10 @@ def run(
     check_folder(out, going_on)
     text = context(_read(document)) if document is not None else None
     source = None
-    if data is not None:
-        source = Source(data, valid, valid_share, column or (), where or (), split, limit, max_length, seed)
+    if data:
+        source = Source(
+            data, valid, valid_share, column or (), where or (), split, limit, max_length, seed, turns.value
+        )
     given = source.read() if source is not None else None
     teacher: str | Prefix = Prefix.load(teacher_prefix) if teacher_prefix is not None else text or ""
     base, tokenizer = load_model(model, dtype=dtype, attn=attn, quantize=quantize)
@@ -100,7 +103,7 @@ def run(
         asking = Asking(text or "", questions, count, passages, kinds, chat, chunk, seed)
         examples = asking.examples(base, tokenizer, out, resume, console)
         given = hold_out(examples, valid_share, seed) if valid_share is not None else (examples, None)
-    train_set, valid_set = encode_both(given, tokenizer, base, max_length)
+    train_set, valid_set = encode_both(given, tokenizer, base, max_length, turns.value)
     console.print(f"data: {train_set.stats.describe()}")
     arguments: dict[str, Any] = {
         "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate, "seed": seed,

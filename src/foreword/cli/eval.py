@@ -42,7 +42,7 @@ _GOES_WITH = {
 
 
 def run(
-    data: Annotated[str | None, Option(help="Examples: .jsonl, .csv, .parquet, or a datasets name. Columns input and references (or output), or messages.")] = None,
+    data: Annotated[list[str] | None, Option(help="Examples: .jsonl, .csv, .parquet, a datasets name, or - (several are joined). Columns input and references (or output), messages, or as for train.")] = None,
     predictions: Annotated[Path | None, Option(help="Score these: .jsonl with prediction, or a text a line. Without it --model writes them.")] = None,
     model: Annotated[str | None, Option(help="Base model that writes, and that judges perplexity: hub name, folder, .gguf file, or 'demo'.")] = None,
     prefix: Annotated[list[Path] | None, Option(help="Folder of a saved prefix to write with (several are attached together).")] = None,
@@ -74,7 +74,7 @@ def run(
     wanted: Annotated[str | None, Option(help="What all texts are meant to be (positive, negative), where rows have no label.", rich_help_panel=_DATA)] = None,
     harness: Annotated[list[str] | None, Option(help="Run these instead: task names of the harness, or .yaml task files.", rich_help_panel=_HARNESS)] = None,
     shots: Annotated[int | None, Option(min=0, help="Examples before each question.", rich_help_panel=_HARNESS)] = None,
-    chat: Annotated[bool, Option("--chat", help="Put questions into the model's chat template.", rich_help_panel=_HARNESS)] = False,
+    chat: Annotated[bool, Option("--chat", help="Put inputs, or the harness's questions, into the model's chat template.", rich_help_panel=_WRITE)] = False,
     trust_code: Annotated[bool, Option("--trust-code", help="Run the Python functions that a task file names.", rich_help_panel=_HARNESS)] = False,
     list_metrics: Annotated[bool, Option("--list", help="Show the metrics and stop.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
@@ -86,7 +86,7 @@ def run(
         show_metrics(as_json)
         return
     if harness:
-        if model is None or data is not None or predictions is not None:
+        if model is None or data or predictions is not None:
             raise ConfigError("--harness brings its own data; give it --model (and --prefix), without --data")
         if metrics is not None or task is not None or against is not None or resume:
             raise ConfigError("--harness has metrics of its own; leave out --metrics, --task, --against and --resume")
@@ -94,20 +94,25 @@ def run(
             harness, model, prefix or [], out, shots, limit, batch_size, seed, chat, trust_code, dtype, force, as_json
         )
         return
-    if shots is not None or chat or trust_code:
-        raise ConfigError("--shots, --chat and --trust-code go with --harness; name its task, or leave them out")
+    if shots is not None or trust_code:
+        raise ConfigError("--shots and --trust-code go with --harness; name its task, or leave them out")
     names = _names(metrics, task)
-    if data is None or (predictions is None and model is None):
+    if not data or (predictions is None and model is None):
         raise ConfigError("give --data with --predictions (to score a file), or with --model (to write and score)")
     if predictions is not None and prefix:
         raise ConfigError("--prefix is for writing, and --predictions are written already; give one of them")
+    from foreword.cli._data import say
+    from foreword.data.examples import Unused
     from foreword.evaluate.examples import read_tasks
     from foreword.evaluate.job import Evaluation, Writer
 
+    unused = Unused()
     tasks = read_tasks(
-        data, columns=pairs(column or [], "--column") or None, split=split, limit=limit,
-        where=pairs(where or [], "--where") or None, group=group,
+        data[0] if len(data) == 1 else data, columns=pairs(column or [], "--column") or None, split=split, limit=limit,
+        chat=chat, unused=unused, where=pairs(where or [], "--where") or None, group=group,
     )  # fmt: skip
+    if unused:
+        say(unused.describe())
     if wanted is not None:
         tasks = [replace(t, label=t.label if t.label is not None else wanted) for t in tasks]
     writer = None
@@ -117,7 +122,7 @@ def run(
             decoding, task, seed, max_new_tokens, beams, length_penalty, temperature, top_p, no_repeat, stop, max_length
         )
         writer = Writer(model, tuple(prefix or ()), how, batch_size, strength, dtype, force)
-    job = Evaluation(tasks, names, Path(data).name, predictions, writer, intervals, seed)
+    job = Evaluation(tasks, names, ", ".join(Path(d).name for d in data), predictions, writer, intervals, seed)
     try:
         record = job.run(out, resume=resume, against=against, progress=partial(_bar, Console(stderr=True)))
     except KeyboardInterrupt:

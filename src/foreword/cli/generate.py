@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from typer import Option
@@ -30,7 +31,14 @@ def run(
     beams: Annotated[int, Option(min=1)] = 1,
     n: Annotated[int, Option(min=1, help="Answers to each prompt (with --sample or --beams).")] = 1,
     strength: Annotated[float, Option(min=0.0, help="Weight of the prefix: 1 as trained, 0 none.")] = 1.0,
-    chat: Annotated[bool, Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    chat: Annotated[
+        bool | None,
+        Option(
+            "--chat/--no-chat",
+            help="Put each prompt into the model's chat template.",
+            show_default="what the prefix was trained on",
+        ),
+    ] = None,
     seed: Annotated[int, Option()] = 0,
     dtype: Annotated[str | None, Option()] = None,
     force: Annotated[bool, Option("--force", help="Accept a base model with other weights.")] = False,
@@ -51,7 +59,7 @@ def run(
     from transformers import set_seed
 
     from foreword.conditional import plain_prefixes
-    from foreword.generation import write
+    from foreword.generation import write_on
     from foreword.models import load_model
     from foreword.tuning import attach
 
@@ -68,11 +76,12 @@ def run(
     }
     if sample:
         options |= {**_DRAWN, **given}
-    texts = [_in_template(tokenizer, p) for p in asked] if chat else asked
+    form = _form(chat, loaded, prefix, tokenizer)
+    rows = [_ids(form, p, tokenizer, bool(base.config.is_encoder_decoder)) for p in asked]
     if len(asked) == 1 and n == 1 and beams == 1 and not as_json:
-        _stream(base, tokenizer, texts[0], options, echo=not chat)
+        _stream(base, tokenizer, rows[0], options, echo=asked[0] if form == "text" else "")
         return
-    written = write(base, tokenizer, texts, **options)
+    written = write_on(base, tokenizer, rows, **options)
     record = [{"prompt": p, "texts": written[i * n : (i + 1) * n]} for i, p in enumerate(asked)]
     if as_json:
         print_json(record)
@@ -86,20 +95,24 @@ def run(
 def _stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    row: list[int],
     options: dict[str, Any],
     *,
-    echo: bool,
+    echo: str,
 ) -> None:
+    import torch
     from transformers import TextStreamer
 
-    batch = tokenizer(text, return_tensors="pt").to(model.device)
-    batch.pop("token_type_ids", None)
+    from foreword.sites import input_device
+
+    ids = torch.tensor([row], device=input_device(model))
     if echo:
-        typer.secho(text, bold=True, nl=False)
+        typer.secho(echo, bold=True, nl=False)
     streamer = TextStreamer(tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    cast("Any", model).generate(**batch, streamer=streamer, pad_token_id=pad, **options)
+    cast("Any", model).generate(
+        ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=pad, **options
+    )
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
@@ -114,9 +127,37 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     return found
 
 
-def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    if tokenizer.chat_template is None:
-        raise ConfigError("--chat: this model's tokenizer has no chat template; leave --chat out")
-    return str(
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    )
+def _form(
+    chat: bool | None, loaded: Sequence[Any], folder: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> Literal["chat", "alpaca", "text"]:
+    """What becomes of a prompt: what was asked for, else what the prefix was trained on."""
+    if chat is not None:
+        if chat and tokenizer.chat_template is None:
+            raise ConfigError("--chat: this model's tokenizer has no chat template; leave --chat out")
+        return "chat" if chat else "text"
+    form = next((p.metadata["form"] for p in loaded if p.metadata.get("form") in ("chat", "alpaca")), "text")
+    if form == "alpaca":
+        _note(f"{folder} was trained on instructions; the prompt is put into their form (--no-chat: as it is)")
+        return "alpaca"
+    if form == "chat" and tokenizer.chat_template is not None:
+        _note(f"{folder} was trained on conversations; the prompt goes into the chat template (--no-chat: as it is)")
+        return "chat"
+    if form == "chat":
+        _note(
+            f"{folder} was trained on conversations, but this tokenizer has no chat template: the prompt stays as it is"
+        )
+    return "text"
+
+
+def _note(line: str) -> None:
+    typer.echo(f"note: {line}", err=True)
+
+
+def _ids(form: str, prompt: str, tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> list[int]:
+    """A prompt's ids; of conversations, with the special tokens that the template writes and no others."""
+    from foreword.data.encode import prompt_ids
+    from foreword.data.shapes import alpaca
+
+    if form == "chat":
+        return prompt_ids([[{"role": "user", "content": prompt}]], tokenizer, seq2seq=seq2seq)[0]
+    return list(tokenizer(alpaca(prompt) if form == "alpaca" else prompt)["input_ids"])

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
+from foreword.cli._data import ChatOption, Turns, TurnsOption
 from foreword.cli._shared import pairs, print_json, quiet
 from foreword.cli._tasks import TaskSources
 from foreword.errors import PrefixFileError
@@ -24,6 +25,8 @@ def run(
     split: Annotated[str | None, Option(help="Split of a datasets name.", rich_help_panel=_DATA)] = None,
     limit: Annotated[int | None, Option(min=1, help="Use the first N examples of each task.", rich_help_panel=_DATA)] = None,
     max_length: Annotated[int, Option(min=1, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 512,
+    turns: TurnsOption = Turns.all,
+    chat: ChatOption = False,
     batch_size: Annotated[int, Option(min=1, help="Examples a pass.")] = 16,
     dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, …")] = None,
     as_json: Annotated[bool, Option("--json", help="Print the matrix as JSON.")] = False,
@@ -31,7 +34,7 @@ def run(
     """Measure what tasks do to each other: each task's held-out loss under each prefix, and under none."""
     sources = TaskSources.of(
         task, column=column or (), where=where or (), valid_share=None, split=split, limit=limit, max_length=max_length,
-        seed=0,
+        seed=0, turns=turns.value, chat=chat,
     )  # fmt: skip
     folders = _folders(prefix)
     examples = sources.read()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from foreword.cli._data import ChatOption, read
 from foreword.cli._shared import load_base, pairs, print_json, quiet
 from foreword.errors import ConfigError, DataError
 
@@ -22,7 +23,7 @@ _DATA, _LOOK = "Data", "What is looked at"
 def run(
     folder: Annotated[Path, Argument(help="Folder of a saved prefix.")],
     model: Annotated[str | None, Option(help="Base model: hub name, folder, .gguf file, or 'demo'.", show_default="the one that the prefix names")] = None,
-    data: Annotated[str | None, Option(help="Texts to look with, as for train: the outputs are what the loss is of.", rich_help_panel=_DATA)] = None,
+    data: Annotated[list[str] | None, Option(help="Texts to look with, as for train: the outputs are what the loss is of.", rich_help_panel=_DATA)] = None,
     text: Annotated[list[str] | None, Option(help="A text to look with (several).", rich_help_panel=_DATA)] = None,
     out: Annotated[Path | None, Option(help="The page; with --json none is written unless named.", show_default="look.html")] = None,
     against: Annotated[Path | None, Option(help="Another prefix of the same base, to compare with.")] = None,
@@ -32,6 +33,7 @@ def run(
     column: Annotated[list[str] | None, Option(help="Map a column: input=question (several).", rich_help_panel=_DATA)] = None,
     where: Annotated[list[str] | None, Option(help="Keep rows only: label=1 (several).", rich_help_panel=_DATA)] = None,
     split: Annotated[str | None, Option(help="Split of a datasets name.", rich_help_panel=_DATA)] = None,
+    chat: ChatOption = False,
     limit: Annotated[int, Option(min=1, help="Use the first N examples.", rich_help_panel=_DATA)] = 16,
     max_length: Annotated[int, Option(min=2, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 256,
     dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, …")] = None,
@@ -39,7 +41,7 @@ def run(
     as_json: Annotated[bool, Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Look inside a prefix: shares of attention, dilution, words, norms, spectra, similarity, layers."""
-    if data is None and not text:
+    if not data and not text:
         raise ConfigError('there is no text to look with; give --data FILE, or --text "The film was" (several)')
     quiet()
     from rich.console import Console
@@ -56,7 +58,7 @@ def run(
         check_page(target)
     prefix = _loaded(folder)
     other = (_name(against), _loaded(against)) if against is not None else None
-    examples = _examples(data, text or [], column or [], where or [], split, limit)
+    examples = _examples(data, text or [], column or [], where or [], split, limit, chat)
     base, tokenizer = load_base(prefix, model, kind=_kind(prefix), dtype=dtype)
     batches = inside.batches_of(base, tokenizer, examples, max_length=max_length)
     with _Bars(Console(stderr=True)) as bars:
@@ -111,16 +113,17 @@ def _kind(prefix: Prefix) -> str:
 
 
 def _examples(
-    data: str | None, texts: list[str], column: list[str], where: list[str], split: str | None, limit: int
-) -> list[Example]:
-    from foreword.data import Example, read_examples
+    data: list[str] | None, texts: list[str], column: list[str], where: list[str], split: str | None, limit: int,
+    chat: bool,
+) -> list[Example]:  # fmt: skip
+    from foreword.data import Example
 
     if blank := [i for i, t in enumerate(texts) if not t.strip()]:
         raise DataError(f"--text number {blank[0] + 1} is empty; expected some words")
     found = [Example("", t, f"--text {i + 1}") for i, t in enumerate(texts)]
-    if data is not None:
+    if data:
         columns, kept = pairs(column, "--column") or None, pairs(where, "--where") or None
-        found += read_examples(data, split=split, limit=limit, columns=columns, where=kept)
+        found += read(data, split=split, limit=limit, columns=columns, where=kept, chat=chat)
     return found
 
 

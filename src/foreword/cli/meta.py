@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from foreword.cli._data import Source
+from foreword.cli._data import ChatOption, Source, Turns, TurnsOption
 from foreword.cli._methods import Gate, Method, Reparam, configs
 from foreword.cli._shared import pairs, print_json, quiet
 from foreword.cli._tasks import own
@@ -52,6 +52,8 @@ def run(
     split: Annotated[str | None, Option(help="Split of datasets names.", rich_help_panel=_DATA)] = None,
     limit: Annotated[int | None, Option(min=1, help="Use the first N examples of each task.", rich_help_panel=_DATA)] = None,
     max_length: Annotated[int, Option(min=1, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 512,
+    turns: TurnsOption = Turns.all,
+    chat: ChatOption = False,
     meta_steps: Annotated[int, Option(help="Updates of the start.", rich_help_panel=_RUN)] = 100,
     tasks_per_step: Annotated[int, Option(help="Tasks that an update is a mean over.", rich_help_panel=_RUN)] = 4,
     inner_steps: Annotated[int, Option(help="Steps that each task is adapted for.", rich_help_panel=_RUN)] = 5,
@@ -97,10 +99,11 @@ def run(
         )  # fmt: skip
     sources = {
         n: Source(
-            f, None, None, own(column or (), n, files), own(where or (), n, files), split, limit, max_length, seed
+            f, None, None, own(column or (), n, files), own(where or (), n, files), split, limit, max_length, seed,
+            turns.value, chat, n,
         )
         for n, f in files.items()
-    }
+    }  # fmt: skip
     examples = {name: source.read() for name, source in sources.items()}
     base, tokenizer = load_model(model, dtype=dtype, attn=attn, quantize=quantize)
     tasks = {name: source.encode(examples[name], tokenizer, base)[0] for name, source in sources.items()}

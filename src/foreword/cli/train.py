@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from foreword.cli._data import Source
+from foreword.cli._data import ChatOption, Source, Turns, TurnsOption
 from foreword.cli._methods import Gate, Method, Reparam, configs
 from foreword.cli._shared import pairs, print_json, quiet
 from foreword.cli._tasks import TaskSources
@@ -29,9 +29,9 @@ _PREFIX, _DATA, _RUN, _PLAN, _TASKS = "Prefix", "Data", "Run", "Strategy", "Seve
 
 def run(
     model: Annotated[str, Option(help="Base model: hub name, folder, .gguf file, or 'demo' (the packaged SmolLM2).")],
-    data: Annotated[str | None, Option(help="Examples: .jsonl, .csv, .parquet, or a datasets name. Columns input/output, text, messages, or input/references.", show_default="one of --data and --task")] = None,
+    data: Annotated[list[str] | None, Option(help="Examples: .jsonl, .csv, .parquet, a datasets name, or - (several are joined). Columns messages, prompt/completion, instruction/output, input/output, text, or input/references.", show_default="one of --data and --task")] = None,
     out: Annotated[Path | None, Option(help="Folder for the prefix.")] = None,
-    valid: Annotated[str | None, Option(help="Validation examples, in the same form.")] = None,
+    valid: Annotated[list[str] | None, Option(help="Validation examples, in the same form.")] = None,
     valid_share: Annotated[float | None, Option(help="Hold this share of --data out for validation instead, chosen by --seed.", rich_help_panel=_DATA)] = None,
     method: Annotated[list[Method] | None, Option(help="What to train: several train together.", rich_help_panel=_PREFIX, show_default="prefix")] = None,
     length: Annotated[int, Option(help="Virtual tokens.", rich_help_panel=_PREFIX)] = 20,
@@ -66,6 +66,8 @@ def run(
     split: Annotated[str | None, Option(help="Split of a datasets name.", rich_help_panel=_DATA)] = None,
     limit: Annotated[int | None, Option(min=1, help="Use the first N examples.", rich_help_panel=_DATA)] = None,
     max_length: Annotated[int, Option(min=1, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 512,
+    turns: TurnsOption = Turns.all,
+    chat: ChatOption = False,
     show_batch: Annotated[bool, Option("--show-batch", help="Print what the model will see, and stop.", rich_help_panel=_DATA)] = False,
     steps: Annotated[int | None, Option(min=1, help="Optimizer steps (instead of epochs).", rich_help_panel=_RUN)] = None,
     epochs: Annotated[float, Option(help="Passes over the data.", rich_help_panel=_RUN)] = 3.0,
@@ -102,13 +104,13 @@ def run(
             raise ConfigError(f"{name} {value}; expected a number above 0")
     kept: dict[str, Any] = {
         "valid_share": valid_share, "column": column or (), "where": where or (), "split": split, "limit": limit,
-        "max_length": max_length, "seed": seed,
+        "max_length": max_length, "seed": seed, "turns": turns.value, "chat": chat,
     }  # fmt: skip
     tasks: TaskSources | None = None
     if task:
         _check_tasks(data, valid, start, method)
         tasks = TaskSources.of(task, valid_task or (), **kept)
-    elif data is None:
+    elif not data:
         raise ConfigError(
             "--data names the examples of one prefix, --task NAME=FILE those of several; give one of them"
         )
@@ -144,7 +146,7 @@ def run(
     if tasks is not None:
         base, tokenizer, train_set, valid_set = _mixtures(tasks, sampling, load, console)
     else:
-        assert data is not None
+        assert data
         source = Source(data, valid, **kept)
         examples = source.read()
         base, tokenizer = load()
@@ -206,7 +208,9 @@ def _report(result: RunResult, out: Path, as_json: bool) -> None:
         typer.echo(f"length recommended: {growth['recommended_length']} (the curve is in {out / 'growth.png'})")
 
 
-def _check_tasks(data: str | None, valid: str | None, start: Path | None, method: list[Method] | None) -> None:
+def _check_tasks(
+    data: list[str] | None, valid: list[str] | None, start: Path | None, method: list[Method] | None
+) -> None:
     """Raise ConfigError for options that are for one prefix."""
     instead = {
         "--data": (data, "--task alone"),
@@ -214,7 +218,7 @@ def _check_tasks(data: str | None, valid: str | None, start: Path | None, method
         "--start": (start, "--data"),
     }
     for name, (value, other) in instead.items():
-        if value is not None:
+        if value:
             raise ConfigError(f"{name} is for one prefix, and --task for several; use {other}")
     if method and Method.prefix not in method:
         raise ConfigError("--task trains a prefix for each task; add --method prefix, or use --data")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer import Option
 
-from foreword.cli._data import Source
+from foreword.cli._data import ChatOption, Source, Turns, TurnsOption
 from foreword.cli._methods import Gate
 from foreword.cli._shared import print_json, quiet
 from foreword.errors import ConfigError, DivergedError
@@ -25,9 +25,9 @@ _SPACE, _PREFIX, _DATA, _RUN = "What is tried", "Prefix", "Data", "Run"
 
 def run(
     model: Annotated[str, Option(help="Base model: hub name, folder, .gguf file, or 'demo' (the packaged SmolLM2).")],
-    data: Annotated[str, Option(help="Examples, as for train.")],
+    data: Annotated[list[str], Option(help="Examples, as for train.")],
     out: Annotated[Path, Option(help="Folder for the search.")],
-    valid: Annotated[str | None, Option(help="Validation examples, which trials are judged by.")] = None,
+    valid: Annotated[list[str] | None, Option(help="Validation examples, which trials are judged by.")] = None,
     valid_share: Annotated[float | None, Option(help="Hold this share of --data out for validation instead, chosen by --seed.", rich_help_panel=_DATA)] = None,
     budget: Annotated[str, Option(help="Trials (20), or time spent on them (300s, 10m, 2h).")] = "20",
     lengths: Annotated[str, Option(help="Virtual tokens, with commas.", rich_help_panel=_SPACE)] = "5,10,20,50",
@@ -50,6 +50,8 @@ def run(
     split: Annotated[str | None, Option(help="Split of a datasets name.", rich_help_panel=_DATA)] = None,
     limit: Annotated[int | None, Option(min=1, help="Use the first N examples.", rich_help_panel=_DATA)] = None,
     max_length: Annotated[int, Option(min=1, help="Longest example in tokens; longer inputs are cut.", rich_help_panel=_DATA)] = 512,
+    turns: TurnsOption = Turns.all,
+    chat: ChatOption = False,
     steps: Annotated[int, Option(min=1, help="Optimizer steps of a trial.", rich_help_panel=_RUN)] = 100,
     batch_size: Annotated[int, Option(min=1, help="Examples a step.", rich_help_panel=_RUN)] = 8,
     eval_every: Annotated[int | None, Option(min=1, help="Steps between validations.", rich_help_panel=_RUN, show_default="five a trial")] = None,
@@ -61,7 +63,7 @@ def run(
     as_json: Annotated[bool, Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Search length, learning rate, start and reparameterisation of a prefix on a budget."""
-    if valid is None and valid_share is None:
+    if not valid and valid_share is None:
         raise ConfigError("trials are judged by validation examples: give --valid, or --valid-share 0.1 of --data")
     chosen = _choices(lengths, learning_rates, inits, init or [], reparams)
     quiet()
@@ -79,7 +81,9 @@ def run(
         gate=cast("Any", None if gate is Gate.none else gate.value),
     )  # fmt: skip
     space = SearchSpace(**chosen, base=base)
-    source = Source(data, valid, valid_share, column or (), where or (), split, limit, max_length, seed)
+    source = Source(
+        data, valid, valid_share, column or (), where or (), split, limit, max_length, seed, turns.value, chat
+    )
     examples = source.read()
     network, tokenizer = load_model(model, dtype=dtype, attn=attn)
     train_set, valid_set = source.encode(examples, tokenizer, network)

@@ -7,14 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foreword.compare.tasks import Records
-from foreword.data import EncodedDataset, encode, read_examples
+from foreword.compare.tasks import Records, TaskData
+from foreword.data import EncodedDataset, encode
+from foreword.data.examples import Unused, collect
 from foreword.errors import DataError
-from foreword.evaluate.examples import Task, read_tasks
+from foreword.evaluate.examples import Task, read_tasks, record_of
 
 
 def tasks_of(records: Records) -> list[Task]:
-    return read_tasks(records)
+    return read_tasks(records, unused=Unused())
 
 
 def given(tasks: Sequence[Task]) -> dict[str, Any]:
@@ -27,16 +28,17 @@ def given(tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def first_references(name: str, tasks: Sequence[Task]) -> Records:
-    """Each test example with the first of its references, whose likelihood is asked for."""
+    """Each test example with the first of its references, whose likelihood is asked for; conversations as they are."""
     for place, task in enumerate(tasks):
         if not task.references:
             raise DataError(f"{name} example {place} has no references (or output); a comparison needs one")
-    return [{"input": t.input, "output": t.references[0]} for t in tasks]
+    return [{"input": t.input, "output": t.references[0]} if t.example is None else record_of(t.example) for t in tasks]
 
 
 def encoded(
-    records: Records, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
+    records: Records, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, task: TaskData
 ) -> EncodedDataset:
     return encode(
-        read_examples(records), tokenizer, max_length=max_length, seq2seq=bool(model.config.is_encoder_decoder)
-    )
+        collect(records), tokenizer, max_length=task.max_length, turns=task.turns,
+        seq2seq=bool(model.config.is_encoder_decoder),
+    )  # fmt: skip

@@ -6,10 +6,10 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ def speed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     attached: Callable[[], AbstractContextManager[object]],
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[Mapping[str, Any]]],
     *,
     tokens: int = 24,
     rounds: int = 3,

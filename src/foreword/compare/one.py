@@ -20,7 +20,7 @@ from foreword.compare.examples import encoded, first_references, given, tasks_of
 from foreword.compare.measure import forget_peak, resident, speed
 from foreword.compare.plan import Run
 from foreword.compare.settings import Settings
-from foreword.compare.tasks import Records, TaskData
+from foreword.compare.tasks import Records, TaskData, has_prompt
 from foreword.compare.training import Tell, subset, train
 from foreword.data import Collator
 from foreword.errors import DataError
@@ -73,9 +73,9 @@ def execute(settings: Settings, task: TaskData, run: Run, work: Path, tell: Tell
         for name, records in task.tests.items():
             tell({"testing": name})
             result["tests"][name] = _tested(settings, task, name, records, model, tokenizer, prefix, work)
-        if run.timed and prefix is not None and all(r.get("input", "").strip() for r in task.valid[:_SPEED_PROMPTS]):
+        if run.timed and prefix is not None and all(map(has_prompt, task.valid[:_SPEED_PROMPTS])):
             tell({"testing": "speed"})
-            prompts = [r["input"] for r in task.valid[:_SPEED_PROMPTS]]
+            prompts = [t.prompt for t in tasks_of(task.valid[:_SPEED_PROMPTS])]
             measured["speed"] = speed(model, tokenizer, lambda: attached(model, prefix), prompts)
     measured["seconds"] = time.perf_counter() - began
     result["measured"] = measured
@@ -111,7 +111,7 @@ def _trained(
     base = sum(p.numel() for p in model.parameters())
     drawn = subset(task.train, run.row.examples, run.seed)
     valid_part = first_references("valid", tasks_of(task.valid))
-    data, valid = (encoded(part, tokenizer, model, task.max_length) for part in (drawn, valid_part))
+    data, valid = (encoded(part, tokenizer, model, task) for part in (drawn, valid_part))
     collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
     set_seed(run.seed)
     tuning = attach(model, run.row.at(run.factor, run.seed), tokenizer=tokenizer)
@@ -147,7 +147,7 @@ def _trained(
 def _valid_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: TaskData, prefix: Prefix | None
 ) -> float:
-    data = encoded(first_references("valid", tasks_of(task.valid)), tokenizer, model, task.max_length)
+    data = encoded(first_references("valid", tasks_of(task.valid)), tokenizer, model, task)
     collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
     with attached(model, prefix):
         losses = example_losses(model, data, collator)
@@ -160,7 +160,7 @@ def _tested(
 ) -> dict[str, Any]:  # fmt: skip
     """Likelihood of the first references, and the metrics of what is written, each with its interval."""
     tasks = tasks_of(records)
-    data = encoded(first_references(name, tasks), tokenizer, model, task.max_length)
+    data = encoded(first_references(name, tasks), tokenizer, model, task)
     collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
     texts: list[str] | None = None
     with attached(model, prefix):

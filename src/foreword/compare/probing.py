@@ -41,9 +41,9 @@ def probe(settings: Settings, task: TaskData, plan: Plan, tell: Tell) -> dict[st
     for name, records in task.tests.items():
         tasks = tasks_of(records)
         check_metrics(task.metrics, tasks, settings.model)
-        encoded(first_references(name, tasks), tokenizer, model, task.max_length)
+        encoded(first_references(name, tasks), tokenizer, model, task)
     for records in (task.train, first_references("valid", tasks_of(task.valid))):
-        encoded(records, tokenizer, model, task.max_length)
+        encoded(records, tokenizer, model, task)
     for row in plan.rows:
         if row.examples is not None and row.examples > len(task.train):
             raise ConfigError(
@@ -105,7 +105,7 @@ def time_steps(settings: Settings, task: TaskData, rows: Sequence[Row], seed: in
 
     model, tokenizer = settings.load()
     found: dict[str, float] = {}
-    data = encoded(subset(task.train, settings.batch_size * 2, seed), tokenizer, model, task.max_length)
+    data = encoded(subset(task.train, settings.batch_size * 2, seed), tokenizer, model, task)
     collator = Collator.for_tokenizer(tokenizer, seq2seq=model.config.is_encoder_decoder)
     for row in rows:
         tell({"checking": row.label})

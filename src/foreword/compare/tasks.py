@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from foreword.errors import ConfigError, DataError
 from foreword.evaluate.predict import Decoding
@@ -63,6 +63,7 @@ class TaskData:
         words: a few words about it; unrelated: and some that have nothing to do with it.
         max_length: longest example in tokens.
         note: what a reader has to know about it.
+        turns: which answers of conversations are learned, and count in the loss: all, or the last.
     """
 
     name: str
@@ -76,13 +77,14 @@ class TaskData:
     unrelated: str = UNRELATED
     max_length: int = 128
     note: str = ""
+    turns: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:
         for name, part in {"train": self.train, "valid": self.valid, **self.tests}.items():
             if not part:
                 raise DataError(f"task {self.name}: there are no {name} examples")
         for name, part in self.tests.items():
-            empty = [i for i, r in enumerate(part) if not r.get("input", "").strip()]
+            empty = [i for i, r in enumerate(part) if not has_prompt(r)]
             if self.metrics and empty:
                 raise DataError(
                     f"task {self.name}: {name} example {empty[0]} has no input to write from; leave the metrics out to "
@@ -99,8 +101,13 @@ class TaskData:
             "name": self.name,
             "data": {n: {"examples": len(r), "sha256": digest(r)} for n, r in parts.items()},
             "metrics": list(self.metrics), "decoding": self.decoding.to_json(), "init": self.init,
-            "max_length": self.max_length,
+            "max_length": self.max_length, **({"turns": self.turns} if self.turns != "all" else {}),
         }  # fmt: skip
+
+
+def has_prompt(record: Mapping[str, Any]) -> bool:
+    """Whether a record has something to write from."""
+    return "messages" in record or "prompt" in record or bool(record.get("input", "").strip())
 
 
 def digest(value: Any) -> str:
@@ -254,7 +261,10 @@ def _grouped(path: Path | None) -> Records:
 
 
 def _flat(records: Records) -> Records:
-    return [{"input": r["input"], "output": ref} for r in records for ref in r["references"]]
+    found: Records = []
+    for r in records:
+        found += [{"input": r["input"], "output": ref} for ref in r["references"]] if "references" in r else [r]
+    return found
 
 
 def _shuffled(records: Records) -> Records:
@@ -301,7 +311,7 @@ def other_reviews(limits: Limits) -> TaskData:
 _REQUIRED = ("name", "train", "valid", "test")
 _KEYS = (
     *_REQUIRED, "metrics", "generation", "init", "words", "unrelated", "max_length", "columns", "where", "group", "end",
-    "note",
+    "note", "chat", "turns",
 )  # fmt: skip
 
 
@@ -321,10 +331,14 @@ def _from_yaml(path: Path, limits: Limits) -> TaskData:
     decoding = told.get("generation") or {}
     _check_keys(f"{path}: generation", decoding, [f.name for f in fields(Decoding)])
     parts = {name: _part(path, told, name) for name in ("train", "valid", "test")}
-    given = {k: told[k] for k in ("init", "words", "unrelated", "max_length", "note") if told.get(k) is not None}
+    given = {
+        k: told[k] for k in ("init", "words", "unrelated", "max_length", "note", "turns") if told.get(k) is not None
+    }
     for name, kind in {"max_length": int, "init": str, "words": str, "unrelated": str, "note": str}.items():
         if name in given and not isinstance(given[name], kind):
             raise ConfigError(f"{path}: {name} is {given[name]!r}; expected {'a number' if kind is int else 'a text'}")
+    if given.get("turns", "all") not in ("all", "last"):
+        raise ConfigError(f"{path}: turns is {given['turns']!r}; expected all or last")
     metrics = told.get("metrics") or ()
     if isinstance(metrics, str) or not all(isinstance(m, str) for m in metrics):
         raise ConfigError(f"{path}: metrics is {metrics!r}; expected a list of names, e.g. [bleu, rougeL]")
@@ -349,8 +363,9 @@ def _check_keys(where: str, given: Any, known: Sequence[str]) -> None:
 
 
 def _part(path: Path, told: Mapping[str, Any], name: str) -> Records:
-    """Records with ``input``, ``references`` and, where there is one, a ``label``."""
-    from foreword.evaluate.examples import read_tasks
+    """Records with ``input``, ``references`` and, where there is one, a ``label``; conversations as ``messages``."""
+    from foreword.data._say import speaking
+    from foreword.evaluate.examples import read_tasks, record_of
 
     source = Path(str(told[name]))
     source = source if source.is_absolute() else path.parent / source
@@ -359,11 +374,16 @@ def _part(path: Path, told: Mapping[str, Any], name: str) -> Records:
             raise ConfigError(f"{path}: {option} is {told[option]!r}; expected keys with values")
     where = {str(k): str(v) for k, v in (told.get("where") or {}).items()} or None
     found: Records = []
-    for task in read_tasks(source, columns=told.get("columns"), where=where, group=bool(told.get("group"))):
+    chat, group = bool(told.get("chat")), bool(told.get("group"))
+    with speaking("yaml"):
+        tasks = read_tasks(source, columns=told.get("columns"), where=where, group=group, chat=chat)
+    for task in tasks:
         if not task.references:
             raise DataError(f"{task.source}: no references (or output); a comparison trains and tests on them")
-        if task.messages is not None:
-            raise DataError(f"{task.source}: a conversation; a comparison takes input and output")
         record: dict[str, Any] = {"input": task.input + str(told.get("end", "")), "references": list(task.references)}
+        if task.example is not None:
+            if "end" in told or group:
+                raise DataError(f"{task.source}: a conversation; keys end and group are for inputs and outputs")
+            record = record_of(task.example)
         found.append(record if task.label is None else {**record, "label": task.label})
     return found

@@ -23,6 +23,8 @@ class EncodeStats:
         tokens: Tokens that the model reads; with seq2seq those of the encoder and the decoder.
         supervised_tokens: Tokens that the loss is computed on.
         longest: The length of the longest sequence, in tokens.
+        turns_cut: How many answers before a conversation's last lost tokens, or all of them; they are not learned.
+        notes: What else is not learned, or not read by the model: one sentence each, with how many examples.
     """
 
     examples: int
@@ -31,12 +33,18 @@ class EncodeStats:
     tokens: int
     supervised_tokens: int
     longest: int
+    turns_cut: int = 0
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Return one line for people to read."""
         cut = [
             f"{count:,} {side}{'s' if count > 1 else ''} cut"
-            for count, side in ((self.input_cut, "input"), (self.output_cut, "output"))
+            for count, side in (
+                (self.input_cut, "input"),
+                (self.output_cut, "output"),
+                (self.turns_cut, "earlier answer"),
+            )
             if count
         ]
         return (
@@ -51,6 +59,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     An item is ``{"input_ids": list[int], "labels": list[int]}``, unpadded. Labels are -100 wherever there is
     no loss. For a causal model both have the same length; for seq2seq the labels are the decoder's target.
+
+    Attributes:
+        stats: What encoding did.
+        form: What the examples were: "chat" (conversations), "alpaca" (instructions), "text", "mixed", or None where
+            nobody said. A prefix that was trained on them remembers it.
     """
 
     def __init__(
@@ -59,12 +72,14 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         labels: Sequence[Sequence[int]],
         stats: EncodeStats,
         columns: Mapping[str, Sequence[Any]] | None = None,
+        form: str | None = None,
     ) -> None:
         # Arrays of 32-bit integers take a tenth of the memory of lists of Python integers.
         self._input_ids = [array("i", ids) for ids in input_ids]
         self._labels = [array("i", ids) for ids in labels]
         self.stats = stats
         self._columns = dict(columns or {})
+        self.form = form
 
     def __len__(self) -> int:
         return len(self._input_ids)
@@ -86,4 +101,12 @@ class EncodedDataset(Dataset[dict[str, Any]]):
             raise DataError(f"A column can't be named {name!r}, which every example has; choose another name.")
         if len(values) != len(self):
             raise DataError(f"There are {len(values)} values for {name!r} and {len(self)} examples; give each one.")
-        return EncodedDataset(self._input_ids, self._labels, self.stats, {**self._columns, name: values})
+        return EncodedDataset(self._input_ids, self._labels, self.stats, {**self._columns, name: values}, self.form)
+
+
+def form_of(data: object) -> dict[str, str]:
+    """``{"form": ...}`` as prefixes keep it, of a data set that knows it (or a mixture of such); else empty."""
+    parts = [getattr(part, "rows", part) for part in getattr(data, "parts", {"": data}).values()]
+    forms = {getattr(part, "form", None) for part in parts}
+    form = forms.pop() if len(forms) == 1 else "mixed" if all(isinstance(f, str) for f in forms) else None
+    return {"form": form} if isinstance(form, str) else {}

@@ -3,37 +3,78 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
+from . import layouts, shapes
+from ._example import Conversation, Example
+from ._say import listed, mapped, option
 from .rows import Row, read_rows
 
-Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
+__all__ = ["Conversation", "Example", "Examples", "by_record", "collect", "read_examples"]
 
-# The record shapes, in order of preference.
-_SHAPES = (("messages",), ("input", "output"), ("input", "references"), ("text",))
-_NAMES = frozenset(name for shape in _SHAPES for name in shape)
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+Source = (
+    str
+    | os.PathLike[str]
+    | Iterable[str | os.PathLike[str]]
+    | Iterable[Mapping[str, Any]]
+    | Mapping[str, Iterable[Mapping[str, Any]]]
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One thing to learn: after ``input``, write ``output``.
+class Examples(list[Example]):
+    """The examples that were read, and what was not.
 
     Attributes:
-        input: The prompt. Empty when the example is plain text.
-        output: The text that the loss is computed on.
-        source: Where it was read, "file:line" or "dataset[index]". Error messages quote it.
-        messages: The whole conversation, when the record was one. It goes through the tokenizer's chat
-            template; ``input`` then holds the earlier contents, one per line, for people to read.
+        unused: The columns that no example was made of, each with the number of records that have a value there.
     """
 
-    input: str
-    output: str
-    source: str
-    messages: tuple[dict[str, Any], ...] | None = None
+    def __init__(self, found: Iterable[Example] = (), unused: Mapping[str, int] | None = None) -> None:
+        super().__init__(found)
+        self.unused: dict[str, int] = dict(unused or {})
+        self._described = unused.describe() if isinstance(unused, Unused) else ""
+
+    def describe_unused(self) -> str:
+        """One line that names the columns not used, and how to use them; empty where all were."""
+        return self._described
+
+
+class Unused(Counter[str]):
+    """The columns that hold something and that no example is made of, with how many records have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._texts: dict[str, None] = {}
+        self._pairs = False
+
+    def note(self, record: Mapping[str, Any], layout: layouts.Layout, used: set[str]) -> None:
+        """Count a record's."""
+        self._pairs = self._pairs or "messages" not in layout.columns
+        for column, value in record.items():
+            if column not in used and not _is_empty(value):
+                self[column] += 1
+                if isinstance(value, str) and "messages" not in layout.columns:
+                    self._texts[column] = None
+
+    def describe(self) -> str:
+        """One line that names them, and how to use them; empty where there are none."""
+        return f"columns not used: {', '.join(self)}{self._advice()}" if self else ""
+
+    def _advice(self) -> str:
+        found = []
+        known = {"instruction", "system", "system_prompt", "tools", "history", "label", "weight", "score"}
+        if "instruction" in self:
+            found.append(f"{mapped({'instruction': 'instruction'})} puts the instruction into the prompt")
+        if self._pairs and (beside := [c for c in ("system", "system_prompt", "tools", "history") if c in self]):
+            found.append(f"{option('chat', True)} makes conversations, with {' and '.join(beside)}")
+        if column := next((c for c in ("label", "weight", "score") if c in self), None):
+            found.append(f"{mapped({column: 'VALUE'}, 'where')} keeps rows by it")
+        if column := next((c for c in self._texts if c not in known), None):
+            found.append(f"to use one: {mapped({'input': column})} or {mapped({'output': column})}")
+        return f" ({'; '.join(found)})" if found else ""
 
 
 def read_examples(
@@ -43,67 +84,100 @@ def read_examples(
     split: str | None = None,
     limit: int | None = None,
     where: Mapping[str, str] | None = None,
-) -> list[Example]:
+    chat: bool = False,
+) -> Examples:
     """Read training examples.
 
-    A record may have one of four shapes: ``messages`` (a list of ``{role, content}`` that ends with the
-    assistant), ``input`` and ``output``, ``input`` and ``references`` (a list; one example each), or
-    ``text``. When a record fits several, the first in this order counts.
+    A record may be a conversation (``messages``, or ``conversations``), an ``instruction`` with an ``output`` and
+    perhaps an ``input`` (Alpaca), an ``input`` with an ``output`` or ``references`` (a list; one example each), a
+    ``prompt`` with a ``completion``, ``response`` or ``answer`` (texts, or lists of messages), or ``text``. When a
+    record fits several of those that are written in our own names (messages; instruction; input and output; input and
+    references), the first in this order counts; between others it must be said which is meant.
+    Columns that are not used are named in a warning, and kept as ``unused``.
 
     Args:
-        source: A .jsonl, .ndjson, .json (one list), .csv, .tsv or .parquet file; a folder written by
-            ``datasets.save_to_disk``; a dataset's name ("name" or "name:config"); a ``datasets`` object; or a
-            list of dicts.
-        columns: Maps our names (input, output, references, text, messages) to the source's column names.
-            Only shapes that use all the mapped names are then considered.
+        source: A .jsonl, .ndjson, .json (one list), .csv, .tsv or .parquet file, the text ones also as .gz; "-", lines
+            of JSON from standard input; a pattern of files; a folder written by ``datasets.save_to_disk``; a dataset's
+            name ("name" or "name:config"); several of these, which are joined; a ``datasets`` object; or a list of
+            dicts.
+        columns: Maps our names (input, output, references, text, messages, instruction, system, tools) to the
+            source's column names. Only layouts that use all the mapped names are then considered.
         split: Which split of a dataset to take. May be left out when it has only one.
         limit: Stop after this many examples. What comes later is then not read, and so not checked.
         where: Keep only the records whose column, written as a string, equals the value. JSON's true, false
             and null are written that way.
+        chat: Make conversations of inputs and outputs, and of instructions: the model's chat template then writes
+            the prompt, with the record's ``system`` in it.
 
     Raises:
         DataError: If anything about the source or a record is wrong. The message gives the file and line.
     """
+    found = collect(source, columns=columns, split=split, limit=limit, where=where, chat=chat)
+    if found.unused:
+        warnings.warn(found.describe_unused(), stacklevel=2)
+    return found
+
+
+def collect(
+    source: object,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    where: Mapping[str, str] | None = None,
+    chat: bool = False,
+) -> Examples:
+    """The same without a warning, for callers that say themselves what was not used.
+
+    Raises:
+        DataError: As :func:`read_examples`.
+    """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise DataError(f"limit must be a whole number of at least 1, or None for all; it is {limit!r}.")
     examples: list[Example] = []
-    for _, found in by_record(read_rows(source, split), columns=columns, where=where):
+    unused = Unused()
+    for _, found in by_record(read_rows(source, split), columns=columns, where=where, chat=chat, unused=unused):
         for example in found:
             examples.append(example)
             if len(examples) == limit:
-                return examples
-    return examples
+                break
+        if len(examples) == limit:
+            break
+    return Examples(examples, unused)
 
 
 def by_record(
-    rows: Iterator[Row], *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
+    rows: Iterator[Row],
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    chat: bool = False,
+    unused: Unused | None = None,
 ) -> Iterator[tuple[Mapping[str, Any], Iterator[Example]]]:
-    """Each record of :func:`~foreword.data.rows.read_rows` with its examples; arguments as for ``read_examples``."""
+    """Each record of :func:`~foreword.data.rows.read_rows` with its examples; arguments as for ``read_examples``.
+
+    Args:
+        unused: Counts, as records are read, the columns that hold something and are not used.
+    """
     columns = dict(columns or {})
-    shapes = _shapes_for(columns)
+    layouts.check(columns)
+    known: dict[Any, layouts.Layout] = {}  # records of one source have few forms
+    used: dict[Any, set[str]] = {}
     for place, record in _matching(rows, where) if where else rows:
-        yield record, _examples_of(place, record, columns, shapes)
+        form = (*record, *(value is None for value in record.values()))
+        layout = known.get(form)
+        if layout is None:
+            layout = known[form] = layouts.layout_of(place, record, columns, chat)
+        if unused is not None:
+            kind = (form, shapes.is_chat(layout, record))
+            if kind not in used:
+                used[kind] = shapes.used(layout, record, chat) | set(where or ())
+            unused.note(record, layout, used[kind])
+        yield record, shapes.examples(place, record, layout, columns, chat)
 
 
-def _shapes_for(columns: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """Return the shapes that use every mapped name."""
-    unknown = sorted(set(columns) - _NAMES)
-    if unknown:
-        raise DataError(
-            f"columns= maps the unknown name {unknown[0]!r}. The names are {', '.join(sorted(_NAMES))}; "
-            "write columns={our name: the file's column}."
-        )
-    shapes: list[tuple[str, ...]] = [shape for shape in _SHAPES if set(columns) <= set(shape)]
-    if not shapes:
-        raise DataError(f"columns= maps {_listed(columns)}, which no record shape has together. {_EXPECTED}")
-    return shapes
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "none"
-
-
-_EXPECTED = f"Expected {'; or '.join(' and '.join(map(repr, shape)) for shape in _SHAPES)}."
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 # --- choosing rows ----------------------------------------------------------------------------------------
@@ -121,8 +195,8 @@ def _matching(
             kept = True
             yield place, record
     if not kept:
-        found = "; ".join(f"{column!r} holds {_listed(list(values)[:8])}" for column, values in seen.items())
-        raise DataError(f"{place}: where={dict(where)!r} leaves nothing, up to this last record. {found}.")
+        found = "; ".join(f"{column!r} holds {listed(list(values)[:8])}" for column, values in seen.items())
+        raise DataError(f"{place}: {mapped(where, 'where')} leaves nothing, up to this last record. {found}.")
 
 
 def _matches(
@@ -132,7 +206,10 @@ def _matches(
     matches = True
     for column, value in wanted.items():
         if column not in record:
-            raise DataError(f"{place}: where= names the column {column!r}. Columns found: {_listed(record)}.")
+            raise DataError(
+                f"{place}: {mapped({column: value}, 'where')} names the column {column!r}. Columns found: "
+                f"{listed(list(record))}."
+            )
         found = _as_string(record[column])
         if len(seen[column]) < 8:
             seen[column][found[:60]] = None
@@ -144,98 +221,3 @@ def _as_string(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return "null" if value is None else str(value)
-
-
-# --- from a record to examples ----------------------------------------------------------------------------
-
-
-def _examples_of(
-    place: str, record: Mapping[str, Any], columns: Mapping[str, str], shapes: list[tuple[str, ...]]
-) -> Iterator[Example]:
-    shape = _shape_of(place, record, columns, shapes)
-    values = {name: record[columns.get(name, name)] for name in shape}
-    if "messages" in values:
-        yield _conversation(place, values["messages"])
-        return
-    if "text" in values:
-        yield Example("", _text(place, "text", values["text"], blank=False), place)
-        return
-    prompt = _text(place, "input", values["input"], blank=True)
-    if "output" in values:
-        yield Example(prompt, _text(place, "output", values["output"], blank=False), place)
-        return
-    references = values["references"]
-    if not isinstance(references, list | tuple) or not references:
-        raise DataError(f"{place}: 'references' must be a list with at least one string, not {_shown(references)}.")
-    for index, reference in enumerate(references):
-        yield Example(prompt, _text(place, f"references[{index}]", reference, blank=False), place)
-
-
-def _shape_of(
-    place: str, record: Mapping[str, Any], columns: Mapping[str, str], shapes: list[tuple[str, ...]]
-) -> tuple[str, ...]:
-    present = [shape for shape in shapes if all(columns.get(name, name) in record for name in shape)]
-    if not present:
-        mapped = f" columns= maps {dict(columns)!r}." if columns else ""
-        expected = "; or ".join(" and ".join(repr(columns.get(name, name)) for name in shape) for shape in shapes)
-        raise DataError(
-            f"{place}: columns are missing. Found: {_listed(record)}. Expected {expected}.{mapped} Say which "
-            "column is which with columns={'input': 'question', 'output': 'answer'}, or {'text': 'body'}."
-        )
-    # Tables fill absent values with null, so a shape without nulls is the one that was meant.
-    full = (s for s in present if all(record[columns.get(name, name)] is not None for name in s))
-    return next(full, present[0])
-
-
-def _text(place: str, name: str, value: object, *, blank: bool) -> str:
-    """Return ``value`` if it is text that can be trained on."""
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {name!r} must be a string, not {_shown(value)}.")
-    if not blank and not value.strip():
-        raise DataError(f"{place}: {name!r} is blank, so there is nothing to learn from it. Remove the record.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: {name!r} holds half of a surrogate pair at character {error.start}; not valid text."
-        ) from error
-    return value
-
-
-def _conversation(place: str, value: object) -> Example:
-    if not isinstance(value, list | tuple) or not value:
-        raise DataError(f"{place}: 'messages' must be a list of {{role, content}}, not {_shown(value)}.")
-    messages = tuple(_message(place, index, message) for index, message in enumerate(value))
-    if messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"{place}: the last of the messages must be the assistant's, because that is what is learned; it "
-            f"is the {messages[-1]['role']}'s."
-        )
-    if len(messages) < 2:
-        raise DataError(f"{place}: 'messages' holds only the answer; at least one message must come before it.")
-    last = len(messages) - 1
-    output = _text(place, f"messages[{last}].content", messages[-1].get("content"), blank=False)
-    return Example("\n".join(m.get("content") or "" for m in messages[:-1]), output, place, messages)
-
-
-def _message(place: str, index: int, message: object) -> dict[str, Any]:
-    name = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise DataError(f"{place}: {name!r} must be an object with 'role' and 'content', not {_shown(message)}.")
-    # Tables fill the keys that a message lacks with null, and a chat template would take them as present.
-    kept = {str(key): value for key, value in message.items() if value is not None}
-    role = kept.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise DataError(f"{place}: {name}.role is {role!r}. The roles are {', '.join(sorted(_ROLES))}.")
-    # An assistant that only calls a tool says nothing.
-    if "content" in kept or not (role == "assistant" and "tool_calls" in kept):
-        _text(place, f"{name}.content", kept.get("content"), blank=True)
-    return kept
-
-
-def _shown(value: object) -> str:
-    """Describe a wrong value in a few words."""
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

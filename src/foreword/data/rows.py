@@ -8,14 +8,20 @@ reader that stops early never looks at the rest.
 from __future__ import annotations
 
 import csv
+import glob
+import gzip
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ._say import option
 
 Row = tuple[str, Mapping[str, Any]]
 
@@ -46,8 +52,9 @@ def read_rows(source: object, split: str | None = None) -> Iterator[Row]:
     """Return the records of ``source``, each with its place.
 
     Args:
-        source: A file, a folder written by ``datasets.save_to_disk``, the name of a dataset
-            ("name" or "name:config"), a ``datasets`` object, or a list of dicts.
+        source: A file, "-" (lines of JSON from standard input), a pattern of files, a folder written by
+            ``datasets.save_to_disk``, the name of a dataset ("name" or "name:config"), several of these, a
+            ``datasets`` object, or a list of dicts.
         split: Which split of a dataset to take. Needed only when it has several.
 
     Raises:
@@ -55,30 +62,54 @@ def read_rows(source: object, split: str | None = None) -> Iterator[Row]:
     """
     if isinstance(source, str | os.PathLike):
         return _rows_by_name(os.fsdecode(source), split, may_be_dataset=isinstance(source, str))
+    if isinstance(source, list | tuple) and source and all(isinstance(s, str | os.PathLike) for s in source):
+        return _joined(source, split)
     if isinstance(source, Mapping):
         return _memory_rows(_pick_split(source, split, "the dataset"), "dataset")
     if split is not None:
-        raise DataError(f"split={split!r} was given, but a {type(source).__name__} has no splits; leave it out.")
+        raise DataError(
+            f"{option('split', split)} was given, but a {type(source).__name__} has no splits; leave it out."
+        )
     return _memory_rows(source, "dataset" if hasattr(source, "column_names") else "list")
+
+
+def _joined(sources: Sequence[Any], split: str | None) -> Iterator[Row]:
+    """The records of several sources, one after the other."""
+    names = [os.fsdecode(source) for source in sources]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"the data source {repeated!r} is given twice; name each file once.")
+    for source in sources:
+        yield from read_rows(source, split)
 
 
 def _rows_by_name(name: str, split: str | None, *, may_be_dataset: bool) -> Iterator[Row]:
     if not name:
         raise DataError("The data source is an empty string; give a file, a folder or the name of a dataset.")
+    if name == "-":
+        return _file_rows(Path("-"), _jsonl_rows)
     path = Path(name).expanduser()
     if path.is_dir():
         return _memory_rows(_load_folder(path, split), str(path))
-    suffix = path.suffix.lower()
+    if not path.exists() and glob.has_magic(name):
+        files = sorted(file for file in glob.iglob(str(path), recursive=True) if Path(file).is_file())  # noqa: PTH207
+        if not files:
+            raise DataError(f"{path}: no file is called so. Looked in {Path.cwd()}.")
+        return _joined(files, split)
+    packed = path.suffix.lower() == ".gz"
+    suffix = (path.with_suffix("") if packed else path).suffix.lower()
     if not path.exists():
-        file_like = not may_be_dataset or suffix in {*_READERS, *_OTHER_SUFFIXES}
+        file_like = not may_be_dataset or packed or suffix in {*_READERS, *_OTHER_SUFFIXES}
         if not file_like and _DATASET_NAME.fullmatch(name):
             return _memory_rows(_load_named(name, split), name)
         raise DataError(f"{path}: there is no such file. Looked in {Path.cwd()}.")
     if split is not None:
-        raise DataError(f"{path}: split={split!r} was given, but a file has no splits; leave it out.")
-    if suffix not in _READERS:
+        raise DataError(f"{path}: {option('split', split)} was given, but a file has no splits; leave it out.")
+    if suffix not in _READERS or (packed and suffix == ".parquet"):
         known = ", ".join(_READERS)
-        raise DataError(f"{path}: cannot read a file with the suffix {suffix!r}. Known suffixes: {known}.")
+        raise DataError(
+            f"{path}: cannot read a file with the suffix {suffix + '.gz' * packed!r}. Known suffixes: {known}; of text "
+            "files also with .gz behind."
+        )
     return _file_rows(path, _READERS[suffix])
 
 
@@ -88,8 +119,8 @@ def _file_rows(path: Path, reader: Callable[[Path], Iterator[Row]]) -> Iterator[
         for row in reader(path):
             empty = False
             yield row
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if empty:
         raise DataError(f"{path}:1: the file is empty: it holds no records.")
 
@@ -100,7 +131,7 @@ def _file_rows(path: Path, reader: Callable[[Path], Iterator[Row]]) -> Iterator[
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield ``(line number, line)``, decoding each line by itself so that a bad byte has an address."""
     offset = 0
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, raw in enumerate(file, start=1):
             skip = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
             try:
@@ -114,6 +145,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from error
             yield number, line
             offset += len(raw)
+
+
+def _opened(path: Path) -> AbstractContextManager[Iterable[bytes]]:
+    if path == Path("-"):
+        return nullcontext(sys.stdin.buffer)
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -237,7 +274,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
-                    yield f"{path}[{index}]", record
+                    yield f"{path}[{index}]", _without_nulls(record)
                     index += 1
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}[{index}]: cannot be read as parquet: {error}.") from error
@@ -271,7 +308,7 @@ def _load_folder(path: Path, split: str | None) -> object:
     if isinstance(loaded, Mapping):
         return _pick_split(loaded, split, str(path))
     if split is not None:
-        raise DataError(f"{path}: split={split!r} was given, but this dataset has no splits; leave it out.")
+        raise DataError(f"{path}: {option('split', split)} was given, but this dataset has no splits; leave it out.")
     return loaded
 
 
@@ -297,7 +334,9 @@ def _pick_split(splits: Mapping[Any, Any], split: str | None, name: str) -> obje
         raise DataError(f"{name}: expected a list of records or a mapping from split to records.")
     found = ", ".join(map(repr, splits))
     if split is None and len(splits) > 1:
-        raise DataError(f"{name}: there are several splits: {found}. Choose one with split=.")
+        raise DataError(
+            f"{name}: there are several splits: {found}. Choose one, e.g. {option('split', str(next(iter(splits))))}."
+        )
     if split is not None and split not in splits:
         raise DataError(f"{name}: there is no split {split!r}. Found: {found}.")
     return next(iter(splits.values())) if split is None else splits[split]
@@ -308,10 +347,22 @@ def _memory_rows(source: object, name: str) -> Iterator[Row]:
         raise DataError(f"Cannot read records from a {type(source).__name__}; give a path or a list of dicts.")
     # A dataset formatted for torch or numpy would hand out tensors instead of text and numbers.
     records = source.with_format(None) if hasattr(source, "with_format") else source
+    table = hasattr(source, "column_names")
     index = -1
     for index, record in enumerate(records):
         if not isinstance(record, Mapping):
             raise DataError(f"{name}[{index}]: expected a dict, found a {type(record).__name__}.")
-        yield f"{name}[{index}]", record
+        yield f"{name}[{index}]", _without_nulls(record) if table else record
     if index < 0:
         raise DataError(f"{name}: it is empty: it holds no records.")
+
+
+def _without_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's record without the nulls inside its values: there each object has the keys of all the others."""
+    return {column: _pruned(value) if isinstance(value, dict | list) else value for column, value in record.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(part) for key, part in value.items() if part is not None}
+    return [_pruned(part) for part in value] if isinstance(value, list) else value

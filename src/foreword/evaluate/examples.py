@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from foreword.data.examples import by_record
+from foreword.data.examples import Conversation, Example, Unused, by_record
+from foreword.data.layouts import candidates
 from foreword.data.rows import Row, read_rows
 from foreword.errors import DataError
 
@@ -26,7 +28,8 @@ class Task:
         references: outputs that are right. Empty if the data has none.
         source: where it was read.
         label: what the output is to be (the record's ``label``), if it says.
-        messages: the conversation to be answered, if it is one.
+        messages: the conversation to be answered, if it is one, with its tools.
+        example: the same with its answer, for training and for the loss.
     """
 
     input: str
@@ -34,11 +37,13 @@ class Task:
     source: str
     label: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    example: Example | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> str:
         """A short name for what is given and the references, by which runs are found to have seen the same data."""
-        content = json.dumps([self.prompt, self.references], ensure_ascii=False)
+        tools = getattr(self.messages, "tools", None)
+        content = json.dumps([self.prompt, self.references, *([tools] if tools else [])], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
@@ -55,6 +60,8 @@ def read_tasks(
     limit: int | None = None,
     where: Mapping[str, str] | None = None,
     group: bool = False,
+    chat: bool = False,
+    unused: Unused | None = None,
 ) -> list[Task]:
     """Examples from the sources and record shapes of :func:`foreword.data.read_examples`, one a record.
 
@@ -64,35 +71,62 @@ def read_tasks(
     Args:
         group: records of equal input are one example with several references (E2E's CSV files are written so).
         limit: the first so many examples.
+        chat: inputs and outputs become conversations.
+        unused: counts the columns that nothing is made of; without it, a warning names them.
 
     Raises:
         DataError: as ``read_examples``; or there are no examples.
     """
     found: list[Task] = []
-    for record, examples in by_record(_plain(read_rows(source, split), columns or {}), columns=columns, where=where):
+    left = Unused() if unused is None else unused
+    rows = _plain(read_rows(source, split), columns or {}, chat)
+    for record, examples in by_record(rows, columns=columns, where=where, chat=chat, unused=left):
         each = list(examples)
         first = each[0]
         label = record.get("label")
         references = tuple(e.output for e in each if not isinstance(e.output, _NoOutput))
-        messages = None if first.messages is None else first.messages[:-1]
-        found.append(Task(first.input, references, first.source, None if label is None else str(label), messages))
+        messages = None if first.messages is None else Conversation(first.messages[:-1], first.tools, first.template)
+        label = None if label is None else str(label)
+        whole = None if messages is None else first
+        found.append(Task(first.input, references, first.source, label, messages, whole))
         if len(found) == limit and not group:
             break
+    del left["label"]
+    if unused is None and left:
+        warnings.warn(left.describe(), stacklevel=2)
     return _grouped(found)[:limit] if group else found
+
+
+def record_of(example: Example) -> dict[str, Any]:
+    """A conversation as a record that reads as the same example again.
+
+    Args:
+        example: one with messages.
+    """
+    messages = list(example.messages or ())
+    if example.learned_from:
+        record = {"prompt": messages[: example.learned_from], "completion": messages[example.learned_from :]}
+    else:
+        record = {"messages": messages}
+    more: dict[str, Any] = {"tools": example.tools and list(example.tools), "chat_template_kwargs": example.template}
+    return {**record, **{name: value for name, value in more.items() if value}}
 
 
 class _NoOutput(str):
     """Stands in for the output of a record that has none, so that its shape is one that data.examples knows."""
 
 
-def _plain(rows: Iterator[Row], columns: Mapping[str, str]) -> Iterator[Row]:
-    outputs = {columns.get(name, name) for name in ("output", "references", "messages")}
-    given = columns.get("input", "input")
+def _plain(rows: Iterator[Row], columns: Mapping[str, str], chat: bool) -> Iterator[Row]:
+    free = not {*columns} - {"input", "instruction", "system", "tools"}
+    given = {columns.get(name, name) for name in ("input", "instruction")}
     for place, record in rows:
         tokens, tags = record.get("tokens"), record.get("tags")
         if isinstance(tokens, list) and isinstance(tags, list) and not columns:
-            record = {**record, "input": " ".join(map(str, tokens)), "output": " ".join(map(str, tags))}
-        elif given in record and not outputs & set(record) and not set(columns) - {"input"}:
+            others = {name: value for name, value in record.items() if name not in ("tokens", "tags")}
+            record = {**others, "input": " ".join(map(str, tokens)), "output": " ".join(map(str, tags))}
+        elif (
+            free and given & set(record) and not any("text" not in c.columns for c in candidates(record, columns, chat))
+        ):
             record = {**record, "output": _NoOutput("-")}
         yield place, record
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from foreword.data import Example, read_examples
+from foreword.data.examples import Unused, by_record
 from foreword.data.rows import read_rows
 from foreword.errors import ConfigError, DataError
 
@@ -57,7 +59,11 @@ def read_questions(path: str | Path) -> tuple[list[Example], list[Row]]:
     """
     records = list(read_rows(str(path), None))
     if records and "question" not in records[0][1]:
-        return read_examples(str(path)), []
+        unused = Unused()
+        found = [e for _, each in by_record(iter(records), unused=unused) for e in each]
+        if unused:
+            warnings.warn(unused.describe(), stacklevel=2)
+        return found, []
     rows = []
     for place, record in records:
         values = {name: record.get(name) for name in ("question", "answer")}

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from foreword.config import PrefixConfig
 from foreword.data import Collator, EncodedDataset, TaskMixture
+from foreword.data.encoded import form_of
 from foreword.errors import ConfigError
 from foreword.methods import Config
 from foreword.prefix import Prefix
@@ -121,7 +122,7 @@ def train_prefix(
         progress.close()
         history = list(made.state.log_history)
         tuning.metadata["training"] = made._record()
-        prefixes = _baked(tuning, history)
+        prefixes = _baked(tuning, history, dataset)
         if made.args.should_save:
             for task, prefix in prefixes.items():
                 prefix.save(out / task)
@@ -193,7 +194,7 @@ def check_out(out: Path, resume: bool, tasks: Sequence[str] = ()) -> None:
         raise ConfigError(f"{out} holds an unfinished run ({begun[0].name}); pass --resume to go on, or another --out")
 
 
-def _baked(tuning: Tuning, history: list[dict[str, Any]]) -> dict[str, Prefix]:
+def _baked(tuning: Tuning, history: list[dict[str, Any]], data: Examples) -> dict[str, Prefix]:
     """Each task's prefix with its own losses, or the only one under the empty name."""
     if not tuning.tasks:
         tuning.metadata["metrics"] = _metrics(history)
@@ -202,6 +203,7 @@ def _baked(tuning: Tuning, history: list[dict[str, Any]]) -> dict[str, Prefix]:
     for task in tuning.tasks:
         metrics = _metrics(history, f"eval_{task}_loss")
         tuning.metadata["metrics"] = {"eval_loss" if k.startswith("eval_") else k: v for k, v in metrics.items()}
+        tuning.metadata |= form_of(data.parts[task].rows if isinstance(data, TaskMixture) else data)
         prefixes[task] = tuning.bake(task=task)
     return prefixes
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from foreword._boundary import told
 from foreword._offloaded import is_offloaded
 from foreword._under_way import BOUNDARY
+from foreword.data.encoded import form_of
 from foreword.data.mixture import TaskMixture
 from foreword.errors import ConfigError, PrefixFileError
 from foreword.orthogonal import penalty
@@ -78,6 +79,7 @@ class PrefixTrainer(Watched, Generating, Trainer):
             model = _from_init(model, make, args, given)
         self.tuning = tuning = trainable_tuning(model, "what model_init returned" if make is not None else "")
         model = tuning.model
+        tuning.metadata |= form_of(given.get("train_dataset"))
         check_arguments(args, model)
         given = tasks.prepared(tuning, args, given)
         self._asked_rate = args.learning_rate
@@ -113,6 +115,7 @@ class PrefixTrainer(Watched, Generating, Trainer):
         """The model that ``model_init`` makes, with what is attached to it."""
         model = super().call_model_init(trial)
         self.tuning = trainable_tuning(model, "what model_init returned")
+        self.tuning.metadata |= form_of(self.train_dataset)
         self.args.learning_rate = self._asked_rate
         settle_learning_rate(self.args, self.tuning, own=True)
         return model
