@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-vllm lint format bench notebooks wheel clean
+.PHONY: demo test test-vllm lint format bench survey notebooks wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/foreword demo --overwrite
@@ -34,6 +34,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/generation.py
+
+# Every class of transformers that can be made small, held to exactness; some minutes. Writes the table of docs/models.md.
+survey: $(VENV)/.dev
+	$(BIN)/python benchmarks/survey.py
+	$(BIN)/python benchmarks/survey.py --docs
 
 # Runs the lab from top to bottom and stores what it prints and draws; some 20 minutes on two cores.
 notebooks: $(VENV)/.dev

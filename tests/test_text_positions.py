@@ -306,3 +306,10 @@ def test_an_offset_moves_the_coordinates_of_pictures_as_a_whole():
     for ours, theirs in zip(*found, strict=True):
         _close(ours.double(), theirs.double())
     _close(found[0][2], found[0][1])  # padded on the left, and not
+
+
+def test_a_text_only_resembles_itself_where_layers_keep_a_state_of_their_own(tokenizer):
+    model = zoo.build("qwen3next")
+    with pytest.warns(fw.InexactWarning, match=r"layers without attention too \(model\.layers\.0\)"):
+        fw.Prefix.from_text(model, tokenizer, TEXT)
+    fw.attach(model, fw.PrefixConfig(length=4, init=TEXT), tokenizer=tokenizer).detach()  # a start all the same

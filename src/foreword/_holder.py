@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from foreword import _interface
+from foreword._offloaded import device_of
 from foreword._views import SitePrefix
 from foreword._wrapped import inside
 from foreword.attention import attend
 from foreword.encoders import Frozen, PrefixEncoder
 from foreword.errors import AttachError
 from foreword.memory import Memory
+from foreword.sites import Site
 
 if TYPE_CHECKING:
     from foreword.tuning import Tuning
@@ -43,6 +45,19 @@ class PrefixHolder(nn.Module):
             weights: Tensor = self.token_weights[name]
             return weights.unsqueeze(0)
         return self.encoder.log_weights(keys)
+
+    def place(self, model: nn.Module, sites: Sequence[Site], trainable: bool) -> None:
+        """Move what is ours to the model's device (weight parts are there), and a frozen prefix to its dtype."""
+        place = model.get_submodule(sites[0].name) if sites else model
+        first = next(place.parameters(), None)
+        device = device_of(place if first is not None else model)
+        if device.type == "meta":  # by a hook further out
+            device = device_of(model)
+        own = [self.encoder, self.bias, self.gate, self.reading, self.token_weights]
+        for module in [*own, *([self.memory] if self.memory is not None else [])]:
+            module.to(device)
+        if not trainable and first is not None and first.is_floating_point():
+            self.encoder.to(first.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrefixHolder:
         super()._apply(fn, recurse)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foreword._holder import SiteSlot
@@ -52,6 +52,8 @@ def check_text(
     check_movable(model, sites, rotations, offset - len(ids))
     if model.config.is_encoder_decoder or any(s.kind != "self" for s in sites):
         return f"{name} reads its text in both directions, so what it computes for a text depends on what follows"
+    if (layer := _without_attention(model, sites)) is not None:
+        return f"{name} carries a text in the state of layers without attention too ({layer}), which no prefix holds"
     stays = offset == len(ids)
     if not stays and any(s.name not in rotations for s in sites):
         return (
@@ -67,6 +69,16 @@ def check_text(
             f"{off:.2g} of its scores' spread): it reads more of a text than these, or turns more than keys. Give it "
             'the text as a prompt, or train a prefix from init="random"'
         )
+    return None
+
+
+def _without_attention(model: PreTrainedModel, sites: Sequence[Site]) -> str | None:
+    """A layer beside those with a site that has none: of a state-space or linear kind; None: all layers have one."""
+    with_site = {".".join(s.name.split(".")[:end]) for s in sites for end in range(1, len(s.name.split(".")) + 1)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name in with_site:
+            own = [f"{name}.{i}" for i in range(len(module))]
+            return next((layer for layer in own if layer not in with_site), None)
     return None
 
 

@@ -12,6 +12,11 @@ from typing import Any
 from torch import nn
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread a model over processes."""
+    return any(hasattr(module, "unshard") and hasattr(module, "reshard") for module in model.modules())
+
+
 def show_shards(model: nn.Module) -> None:
     """Have ``parameters()`` give the shards: some layers stay whole after a forward pass."""
     modules: list[Any] = list(model.modules())

@@ -6,7 +6,6 @@ model. It knows nothing of training; ``foreword.attach`` puts one onto a model.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,13 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foreword._wrapped import unwrapped
-from foreword.errors import ConfigError, InexactWarning, MismatchError
+from foreword.errors import ConfigError, MismatchError
 from foreword.fingerprint import Fingerprint, shape_differences
 from foreword.memory import Recall
-from foreword.positions import Rotation, find_rotations
+from foreword.positions import Rotation
 from foreword.sites import Site
-from foreword.sites import sites as find_sites
 from foreword.storage import Storage
 from foreword.visibility import Visibility
 
@@ -131,29 +128,9 @@ class Prefix:
             ConfigError: the text has no token, or fewer than ``length``.
             MismatchError: the model would answer otherwise than if prompted.
         """
-        from foreword._prompted import check_text
-        from foreword.initializers import ids_of_text, text_states
-        from foreword.tuning import require_detached, tuning_of
+        from foreword._made import from_text
 
-        model = unwrapped(model)
-        if tuning_of(model) is not None:  # a Library may stay: the text is read without its prefixes
-            require_detached(model)
-        found = find_sites(model)
-        chosen = [s for s in found if not s.tower]
-        rotations = find_rotations(model, chosen)
-        ids = ids_of_text(model, tokenizer, text, length)
-        if inexact := check_text(model, chosen, rotations, ids, position_offset):
-            warnings.warn(f"a prefix of this text only resembles it: {inexact}", InexactWarning, stacklevel=2)
-        states = text_states(model, ids, chosen, position_offset, rotations)
-        return cls(
-            {n: k for n, (k, _) in states.items()},
-            {n: v for n, (_, v) in states.items()},
-            chosen,
-            position_offset,
-            rotations,
-            fingerprint=Fingerprint.of(model),
-            metadata={"text": text if len(text) <= 2000 else text[:2000] + "…"},
-        )
+        return from_text(model, tokenizer, text, length, position_offset)
 
     @classmethod
     def from_tensors(
@@ -173,20 +150,9 @@ class Prefix:
         Raises:
             MismatchError: a name or a shape that the model doesn't have.
         """
-        model = unwrapped(model)
-        found = {s.name: s for s in find_sites(model, example_inputs)}
-        for name in tensors:
-            if name not in found:
-                raise MismatchError(f"the model has no attention site {name!r}; its sites: {', '.join(found)}")
-        chosen = [s for s in found.values() if s.name in tensors]
-        return cls(
-            {n: k.detach() for n, (k, _) in tensors.items()},
-            {n: v.detach() for n, (_, v) in tensors.items()},
-            chosen,
-            position_offset,
-            find_rotations(model, chosen),
-            fingerprint=Fingerprint.of(model),
-        )
+        from foreword._made import from_tensors
+
+        return from_tensors(model, tensors, position_offset, example_inputs)
 
     @classmethod
     def load(cls, folder: str | Path) -> Prefix:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foreword._offloaded import device_of
+from foreword._sharded import is_sharded
 from foreword.config import DEFAULT_TEXT
 from foreword.encoders import PrefixEncoder
 from foreword.errors import ConfigError, ForewordError
@@ -89,8 +90,14 @@ def prompt_encoder(
     """The encoder that a configuration asks for, at its start.
 
     Raises:
-        ConfigError: a text without a tokenizer, or one that is shorter than ``length``.
+        ConfigError: a text without a tokenizer, or one that is shorter than ``length``; a base that is sharded, or reads no
+            embeddings.
     """
+    if is_sharded(model):  # layers that are gathered for each use are gone again when a prompt's gradient wants them
+        raise ConfigError(
+            f"{type(model).__name__} is sharded by FSDP2, where no gradient gets through a prompt's own pass; "
+            "use a PrefixConfig, or train the prompt on a base that isn't sharded"
+        )
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:

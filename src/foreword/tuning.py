@@ -367,7 +367,7 @@ class Tuning:
             show_shards(self.model)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(parameter in trained)
-        self._place(trainable)
+        self.holder.place(self.model, self.sites, trainable)
         self.model.add_module(CHILD, self.holder)
         self.holder.train(self.model.training)
         watch(self)
@@ -383,20 +383,6 @@ class Tuning:
             self._generate.around.append(self._passes.generating)
         if self._generate.around:
             self._generate.install()
-
-    def _place(self, trainable: bool) -> None:
-        """Move what is ours to the model's device (weight parts are there), and a frozen prefix to its dtype."""
-        place = self.model.get_submodule(self.sites[0].name) if self.sites else self.model
-        first = next(place.parameters(), None)
-        device = device_of(place if first is not None else self.model)
-        if device.type == "meta":  # by a hook further out
-            device = device_of(self.model)
-        holder = self.holder
-        own = [holder.encoder, holder.bias, holder.gate, holder.reading, holder.token_weights]
-        for module in [*own, *([holder.memory] if holder.memory is not None else [])]:
-            module.to(device)
-        if not trainable and first is not None and first.is_floating_point():
-            self.encoder.to(first.dtype)
 
     def __repr__(self) -> str:
         what = f"{self.num_parameters:,} trainable parameters" if self.trainable else "frozen"

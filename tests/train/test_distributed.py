@@ -177,6 +177,7 @@ def test_a_base_sharded_by_fsdp2_trains_the_prefix_of_one_process(config, tmp_pa
     whole = sum(p.numel() for p in model.parameters()) - tuning.num_parameters
     for rank in ranks:
         assert rank["world"] == 2 and rank["plain"] and rank["sharded"] >= 20 and rank["known"] == 8
+        assert "sharded by FSDP2" in rank["prompt"]
         assert rank["local"] < 0.51 * whole and rank["graded after detaching"] >= 20
         assert rank["graded"] and all(n.startswith("foreword.") for n in rank["graded"])
     assert list(ranks[0]["losses"].values()) == pytest.approx(list(tiny.losses(one).values()), abs=1e-4)

@@ -38,6 +38,11 @@ if __name__ == "__main__":
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         model(input_ids=ids)  # before attaching: what FSDP leaves gathered is not yet frozen
+    try:
+        fw.attach(model, fw.PromptConfig(length=4, init="vocabulary"))
+        refused = ""
+    except fw.ConfigError as exc:
+        refused = str(exc)
     config = fw.PrefixConfig(length=4, init="random", gate="head", seed=int(rank))  # rank 0's start is to count
     tuning = fw.attach(model, config)
     watch = Watch()
@@ -48,6 +53,7 @@ if __name__ == "__main__":
     record = {
         "graded": watch.graded,
         "losses": tiny.losses(trainer), "world": trainer.args.world_size, "sharded": base, "local": local,
+        "prompt": refused,
         "known": len(tuning.fingerprint.weights),
         "plain": all(type(p.data) is torch.Tensor for p in tuning.parameters()),
     }  # fmt: skip
