@@ -109,6 +109,8 @@ def _built(name: str, every_head: bool, axes: bool) -> Any:
         settings = model.generation_config
         settings.eos_token_id, settings.forced_eos_token_id, settings.pad_token_id = None, None, 0
         settings.forced_bos_token_id = None
+        if model.config.is_encoder_decoder and settings.decoder_start_token_id is None:
+            settings.decoder_start_token_id = _IDS["decoder_start_token_id"]
     return model.eval()
 
 
@@ -132,7 +134,8 @@ def shrunk(config_class: Any, part: Any = None, *, every_head: bool = False, axe
     for kept in (changes, changes | {"head_dim": 8}, {k: v for k, v in changes.items() if k != "layer_types"}):
         try:
             made = config_class(**parts, **kept)
-            _small_enough(made)
+            if not parts:  # of several parts, each was tried
+                _small_enough(made)
             return made
         except Exception as exc:  # some check their sizes against each other
             last = exc

@@ -6,7 +6,6 @@ Each stack of layers (a decoder, an encoder) is told its ids, mask and cache whe
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foreword._boundary import Call, find, keep, prompted
+from foreword._stacks import bound, stack_of
+from foreword._text_positions import default_positions
 from foreword._under_way import Watch
 from foreword.errors import AttachError
 from foreword.sites import Site
@@ -36,7 +37,7 @@ class Queries:
         self.model = model
         self.offset = offset
         self.watch = watch
-        self.stack_of = {s.name: _stack(model, s.name) for s in sites}
+        self.stack_of = {s.name: stack_of(model, s.name) for s in sites}
         self.handles: list[Any] = []
 
     def install(self) -> None:
@@ -98,12 +99,12 @@ class Queries:
 
     def _read_labels(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         now = self.watch.now
-        labels = _bound(module, args, kwargs).get("labels")
+        labels = bound(module, args, kwargs).get("labels")
         if now is not None and isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
             now.labels = labels
 
     def _read(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        given = _bound(module, args, kwargs)
+        given = bound(module, args, kwargs)
         inputs = given.get("input_ids")
         inputs = inputs if inputs is not None else given.get("inputs_embeds")
         if inputs is None:
@@ -134,31 +135,8 @@ class Queries:
             keep(cache, now.boundary, now.call.guessed)
 
     def _positions(self, given: dict[str, Any], index: Tensor) -> Tensor:
-        positions, mask = given.get("position_ids"), given.get("attention_mask")
+        positions = given.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2:
             return positions - self.offset
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -index.shape[1] :]
-        return index
-
-
-def _stack(model: PreTrainedModel, site: str) -> str:
-    """The innermost model around a site whose call says where its queries stand."""
-    names = site.split(".")
-    for end in range(len(names) - 1, 0, -1):
-        name = ".".join(names[:end])
-        module = model.get_submodule(name)
-        if isinstance(module, PreTrainedModel) and _reads_text(module):
-            return name
-    return ""
-
-
-def _reads_text(module: nn.Module) -> bool:
-    return bool({"input_ids", "inputs_embeds"} & inspect.signature(module.forward).parameters.keys())
-
-
-def _bound(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+        counted = default_positions(given, given.get("attention_mask"))
+        return index if counted is None else counted

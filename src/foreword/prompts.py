@@ -90,8 +90,8 @@ def prompt_encoder(
     """The encoder that a configuration asks for, at its start.
 
     Raises:
-        ConfigError: a text without a tokenizer, or one that is shorter than ``length``; a base that is sharded, or reads no
-            embeddings.
+        ConfigError: a text without a tokenizer, or one that is shorter than ``length``; a base that is sharded, or
+            reads no embeddings.
     """
     if is_sharded(model):  # layers that are gathered for each use are gone again when a prompt's gradient wants them
         raise ConfigError(
