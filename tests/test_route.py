@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,31 +78,44 @@ def mine():
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_names_and_the_registry_stay_what_they_were(attn):
-    gc.collect()  # what other tests left on their models
     model = zoo.build("llama", attn=attn)
-    registry, methods = _registry(), (AttentionInterface.get_interface, AttentionInterface.__getitem__)
+    registry = _registry()
     tuning = fw.attach(model, fw.PrefixConfig(length=2, init="random"))
     assert model.config._attn_implementation == attn
     assert _registry() == registry
     assert ALL_ATTENTION_FUNCTIONS["sdpa"].__wrapped__ is sdpa_attention_forward
     tuning.detach()
-    assert (AttentionInterface.get_interface, AttentionInterface.__getitem__) == methods
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert _registry() == registry
+
+
+_LIFE = """
+import gc
+import zoo
+import foreword as fw
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+first, second = zoo.build("llama"), zoo.build("gpt2")
+methods = AttentionInterface.get_interface, AttentionInterface.__getitem__
+tuning, library = fw.attach(first, fw.PrefixConfig(length=2, init="random")), fw.Library(second)
+tuning.detach()
+assert AttentionInterface.get_interface is not methods[0], "the other model still has something on it"
+library.detach()
+assert (AttentionInterface.get_interface, AttentionInterface.__getitem__) == methods
+assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+fw.attach(first, fw.PrefixConfig(length=2, init="random"))
+del first, tuning
+gc.collect()
+assert AttentionInterface.get_interface is methods[0], "a model that is gone with its prefix holds the route"
+"""
 
 
 def test_the_route_is_there_as_long_as_something_stands_anywhere():
-    gc.collect()
-    first, second = zoo.build("llama"), zoo.build("gpt2")
-    lookup = AttentionInterface.get_interface
-    tuning, library = fw.attach(first, fw.PrefixConfig(length=2, init="random")), fw.Library(second)
-    tuning.detach()
-    assert AttentionInterface.get_interface is not lookup
-    library.detach()
-    assert AttentionInterface.get_interface is lookup
-    fw.attach(first, fw.PrefixConfig(length=2, init="random"))
-    del first, tuning
-    gc.collect()
-    assert AttentionInterface.get_interface is lookup, "a model that is gone with its prefix holds the route"
+    """In a process of its own, where nothing else is attached."""
+    subprocess.run(
+        [sys.executable, "-c", _LIFE], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -39,7 +39,9 @@ class _Pass(threading.local):
         return len(self.open)
 
     def clear(self) -> None:
-        self.memo, self.kept, self.step, self.padding = {}, {}, None, None
+        self.memo.clear()  # in place: its entries' weak references hold it, and would have to wait for the collector
+        self.kept.clear()
+        self.step = self.padding = None
 
 
 current = _Pass()

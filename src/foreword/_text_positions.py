@@ -93,8 +93,10 @@ class TextPositions:
             mask = given.get("attention_mask")
             if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
                 mask = current.padding
+            if not self.offset and (mask is None or (not is_compiling() and bool(mask[:, 0].all()))):
+                return None  # all rows start at once: one set of positions for all
             positions = default_positions(given, mask)
-            if positions is None or not (self.offset or mask is not None):
+            if positions is None:
                 return None
         elif not self.offset:
             return None

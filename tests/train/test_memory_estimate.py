@@ -108,7 +108,8 @@ def test_checkpointing_and_fewer_rows_need_less(tmp_path):
     less = estimate_memory(training(model, tmp_path, gradient_checkpointing=True))
     half = estimate_memory(training(model, tmp_path, per_device_train_batch_size=4))
     assert less.step < 0.8 * plain.step and less.checkpointing and not plain.checkpointing
-    assert half.step == pytest.approx(plain.step / 2, rel=0.02)
+    # The four longest need no padding mask, and the masks that a pass makes for itself end with it.
+    assert half.step == pytest.approx(plain.step / 2, rel=0.04)
 
 
 def test_eager_attention_grows_with_the_square_of_the_tokens(tmp_path):
