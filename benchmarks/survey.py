@@ -228,7 +228,7 @@ def main() -> None:
             continue
         begun = time.perf_counter()
         result, why = look(name)
-        why = re.sub(r"'/[^']*'", "…", why)  # a path of this machine
+        why = re.sub(r"'/[^']*'?", "…", why)  # a path of this machine
         found[name] = {"kind": kind, "result": result, "why": why}
         if result in ("wrong", "fails") or options.only:
             print(f"{name}: {result} {why} ({time.perf_counter() - begun:.1f} s)", flush=True)
