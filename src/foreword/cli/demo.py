@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from typer import Option
 
 from foreword.cli._shared import quiet
@@ -50,7 +51,7 @@ def run(
     console.print(f"classifier, on held-out reviews: {results.classifier['held_out_accuracy']:.1%} right")
     console.print(f"mixed batch: {results.mixed['equal_to_alone']} of {results.mixed['rows']} rows as written alone")
     console.print(verdict(results))
-    console.print(f"report: {out / 'report.md'}")
+    typer.echo(f"report: {out / 'report.md'}")
 
 
 def _clear(out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from typer import Option
 
 from foreword.cli._data import ChatOption, Turns, TurnsOption
@@ -66,7 +67,7 @@ def run(
     console.print(found.table())
     console.print("nats a token; in brackets, how far above the task's own prefix, and the standard error of that")
     if plot is not None:
-        console.print(f"drawn: {plot}", highlight=False)
+        typer.echo(f"drawn: {plot}")
 
 
 def _folders(options: list[str]) -> dict[str, Path]:
