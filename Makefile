@@ -9,13 +9,17 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-vllm lint format bench survey notebooks wheel clean
+.PHONY: demo test quick test-vllm lint format bench survey notebooks wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/foreword demo --overwrite
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Before each commit, within four minutes: style, types, and each test once, on its first tiny model.
+quick: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --quick
 
 # vLLM pins other versions of much, so it has an environment of its own; some 4 GB on disk, CPU only.
 test-vllm: $(VLLM)/.ready

@@ -28,6 +28,28 @@ settings.register_profile(
 settings.load_profile("foreword")
 
 
+# What starts processes, a browser or long searches, which --quick leaves to `make test`.
+LONG = ("compare", "compression", "test_onnx", "test_tune", "test_budget")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="each test once, on its first model, and none that is slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--quick"):
+        return
+    seen, kept, left = set(), [], []
+    for item in items:
+        test = (item.path, getattr(item, "cls", None), getattr(item, "originalname", item.name))
+        long = test in seen or item.get_closest_marker("slow") or item.get_closest_marker("real")
+        long = long or any(part.startswith(LONG) for part in item.path.relative_to(config.rootpath).parts)
+        (left if long else kept).append(item)
+        seen |= set() if long else {test}
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 import transformers as tf
+from typer.testing import CliRunner
 
 import foreword as fw
 import zoo
+from foreword import cli
 
 SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 VIT = {**SMALL, "image_size": 16, "patch_size": 8}
@@ -125,12 +127,16 @@ def pegasus_x():
 
 
 @pytest.mark.parametrize("make", [long_t5, big_bird, pegasus_x])
-def test_an_encoder_that_cannot_be_reached_is_named(make):
+def test_an_encoder_that_cannot_be_reached_is_named(make, tmp_path):
     model = make().eval()
     assert set(kinds(model)) == {"self", "cross"}
     with pytest.warns(UserWarning, match=r"attention of its encoder .* in its own code"):
         tuning = fw.attach(model, PREFIX)
-    assert tuning.bake().metadata["unreached"] in ("encoder", "model.encoder")
+    prefix = tuning.bake()
+    assert prefix.metadata["unreached"] in ("encoder", "model.encoder")
+    prefix.save(tmp_path / "p")
+    printed = " ".join(CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "p")]).output.split())
+    assert f"nothing stands in the encoder ({prefix.metadata['unreached']})" in printed
     tuning.detach()
     with pytest.raises(fw.ConfigError, match="encoder"):
         fw.attach(model, fw.PrefixConfig(length=3, init="random", kinds=("encoder",)))

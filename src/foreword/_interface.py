@@ -12,9 +12,10 @@ the next delegate. With the last slot, wherever it stood, the wrappers are gone.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -59,6 +60,7 @@ class _Inside(threading.local):
 
     module: Any = None  # whose slot is answering: its delegate may look up another function for it
     plain = False  # whether functions are handed out without their wrappers
+    over: Mapping[nn.Module, Slot | None] | None = None  # slots that count in place of those on these modules
 
 
 _inside = _Inside()
@@ -136,7 +138,7 @@ def _wrapper(function: Delegate, name: str) -> Delegate:
 
 def _wrapped(function: Delegate, name: str) -> Delegate:
     def route(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        slot: Slot | None = getattr(module, "__dict__", {}).get(SLOT)
+        slot = slot_of(module)
         if slot is None:
             return function(module, *args, **kwargs)
         if is_compiling():
@@ -166,22 +168,70 @@ def afresh() -> Iterator[None]:
         _inside.module = before
 
 
+class _Aside(Slot):
+    """Stands on a module for compiled code, which can't tell threads: it finds ``mine``, all other code ``theirs``."""
+
+    def __init__(self, mine: Slot | None, theirs: Slot | None) -> None:
+        self.mine, self.theirs = mine, theirs
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    """The slot that answers a module's calls in this thread."""
+    compiling = is_compiling()
+    if not compiling and (over := _inside.over) is not None and module in over:
+        return over[module]
+    slot: Slot | None = getattr(module, "__dict__", {}).get(SLOT)
+    while isinstance(slot, _Aside):
+        slot = slot.mine if compiling else slot.theirs
+    return slot
+
+
+@contextmanager
+def slots_over(slots: Mapping[nn.Module, Slot | None]) -> Iterator[None]:
+    """Inside the block and in this thread, these slots (None: no slot) answer in place of those on the modules.
+
+    The modules keep theirs, so that what other threads run meanwhile is what it is.
+    """
+    before = _inside.over
+    _inside.over = {**(before or {}), **slots}
+    aside = _set_aside(slots) if "torch._dynamo" in sys.modules else {}
+    try:
+        yield
+    finally:
+        _inside.over = before
+        _put_back(aside)
+
+
+def _set_aside(slots: Mapping[nn.Module, Slot | None]) -> dict[nn.Module, _Aside]:
+    with _lock:
+        aside = {module: _Aside(slot, module.__dict__.get(SLOT)) for module, slot in slots.items()}
+        for module, slot in aside.items():
+            module.__dict__[SLOT] = slot
+    return aside
+
+
+def _put_back(aside: Mapping[nn.Module, _Aside]) -> None:
+    """Take these away again, in whatever order the blocks of several threads end."""
+    with _lock:
+        for module, mine in aside.items():
+            slot = module.__dict__.get(SLOT)
+            if slot is mine:
+                module.__dict__[SLOT] = mine.theirs
+                if mine.theirs is None:
+                    del module.__dict__[SLOT]
+                continue
+            while isinstance(slot, _Aside):
+                if slot.theirs is mine:
+                    slot.theirs = mine.theirs
+                slot = slot.theirs
+
+
 @contextmanager
 def only_slots(model: nn.Module, make: Callable[[str], Slot | None]) -> Iterator[None]:
-    """Inside the block, each module of a model has the slot that ``make`` gives for its name (None: none)."""
-    previous = {}
-    try:
-        for name, module in model.named_modules():
-            previous[module] = module.__dict__.pop(SLOT, None)
-            if (slot := make(name)) is not None:
-                module.__dict__[SLOT] = slot
-        with afresh():  # a prefix may be made by passes inside of a call
-            yield
-    finally:
-        for module, before in previous.items():
-            module.__dict__.pop(SLOT, None)
-            if before is not None:
-                module.__dict__[SLOT] = before
+    """Inside the block and in this thread, each module of a model has the slot that ``make`` gives for its name."""
+    slots = {module: make(name) for name, module in model.named_modules()}
+    with slots_over(slots), afresh():  # a prefix may be made by passes inside of a call
+        yield
 
 
 @contextmanager

@@ -124,9 +124,15 @@ def default_positions(given: dict[str, Any], mask: Any) -> Tensor | None:
 
 @contextmanager
 def placed(stacks: Sequence[PreTrainedModel], starts: Sequence[int] | None) -> Iterator[None]:
-    """Inside the block, row i of every batch starts at ``starts[i]`` in these stacks; None: as they have it."""
+    """Inside the block and in its thread, row i of every batch starts at ``starts[i]`` in these stacks.
 
-    def place(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    None: as they have it.
+    """
+    thread = threading.get_ident()
+
+    def place(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if threading.get_ident() != thread:
+            return None
         given = bound(module, args, kwargs)
         inputs = given.get("input_ids")
         inputs = inputs if inputs is not None else given["inputs_embeds"]

@@ -58,32 +58,35 @@ def measured_shares(model: PreTrainedModel, *, by_token: bool = False) -> Iterat
 
 @contextmanager
 def measured(model: PreTrainedModel, measure: Measure[_T], tell: Callable[[str, _T], None]) -> Iterator[None]:
-    """Inside the block, ``tell`` is given what ``measure`` reads at each call of a prefixed site, by its name."""
-    slots = {m: slot for m in model.modules() if isinstance(slot := m.__dict__.get(_interface.SLOT), SiteSlot)}
+    """Inside the block, ``tell`` is given what ``measure`` reads at each call of a prefixed site, by its name.
+
+    Read are the passes of this thread.
+    """
+    slots = {m: slot for m in model.modules() if isinstance(slot := _interface.slot_of(m), SiteSlot | _Measuring)}
     if not slots:
         raise AttachError("no prefix stands on this model, so none has a share of its attention; attach one first")
-    for module, slot in slots.items():
-        module.__dict__[_interface.SLOT] = _Measuring(slot, measure, tell)
-    try:
+    with _interface.slots_over({module: _Measuring(slot, measure, tell) for module, slot in slots.items()}):
         yield
-    finally:
-        for module, slot in slots.items():
-            module.__dict__[_interface.SLOT] = slot
 
 
 @dataclass(frozen=True)
 class _Measuring(_interface.Slot):
     """A slot that looks before it does what it did."""
 
-    slot: SiteSlot
+    slot: SiteSlot | _Measuring
     measure: Measure[Any]
     tell: Callable[[str, Any], None]
+
+    @property
+    def site(self) -> SiteSlot:
+        """The slot that is looked at."""
+        return self.slot if isinstance(self.slot, SiteSlot) else self.slot.site
 
     def __call__(
         self, delegate: _interface.Delegate, delegate_name: str, module: nn.Module, query: Tensor, key: Tensor,
         value: Tensor, attention_mask: Any, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        source, name = self.slot.source, self.slot.name
+        source, name = self.site.source, self.site.name
         prefix = source.view(name)
         if prefix is not None and prefix.length:
             seen = None if prefix.seen_by is None else source.seen(name, prefix, query)

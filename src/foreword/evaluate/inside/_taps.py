@@ -39,17 +39,8 @@ class Tap(_interface.Slot):
 
 @contextmanager
 def tapped(model: PreTrainedModel, names: Iterable[str]) -> Iterator[dict[str, Tap]]:
-    """Inside the block, a tap stands on each of these attention modules."""
+    """Inside the block, a tap stands on each of these attention modules, for the passes of this thread."""
     modules = {name: model.get_submodule(name) for name in names}
-    before = {name: module.__dict__.get(_interface.SLOT) for name, module in modules.items()}
-    taps = {name: Tap(slot) for name, slot in before.items()}
-    for name, module in modules.items():
-        module.__dict__[_interface.SLOT] = taps[name]
-    try:
+    taps = {name: Tap(_interface.slot_of(module)) for name, module in modules.items()}
+    with _interface.slots_over({module: taps[name] for name, module in modules.items()}):
         yield taps
-    finally:
-        for name, module in modules.items():
-            if before[name] is None:
-                module.__dict__.pop(_interface.SLOT, None)
-            else:
-                module.__dict__[_interface.SLOT] = before[name]

@@ -92,16 +92,10 @@ def layer_losses(
 @contextmanager
 def _kept(model: PreTrainedModel, names: Collection[str]) -> Iterator[None]:
     """Inside the block, only these sites have the prefix."""
-    taken = {}
-    for module in model.modules():
-        slot = module.__dict__.get(_interface.SLOT)
-        if isinstance(slot, SiteSlot) and slot.name not in names:
-            taken[module] = module.__dict__.pop(_interface.SLOT)
-    try:
+    slots = {module: _interface.slot_of(module) for module in model.modules()}
+    rest = {m: None for m, slot in slots.items() if isinstance(slot, SiteSlot) and slot.name not in names}
+    with _interface.slots_over(rest):
         yield
-    finally:
-        for module, slot in taken.items():
-            module.__dict__[_interface.SLOT] = slot
 
 
 def _labels(model: PreTrainedModel, sites: Sequence[Site], labels: Tensor) -> int:
