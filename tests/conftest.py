@@ -29,7 +29,7 @@ settings.load_profile("foreword")
 
 
 # What starts processes, a browser or long searches, which --quick leaves to `make test`.
-LONG = ("compare", "compression", "test_onnx", "test_tune", "test_budget")
+LONG = ("compare", "compression", "test_onnx", "test_playground", "test_tune", "test_budget")
 
 
 def pytest_addoption(parser):

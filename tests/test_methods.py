@@ -115,6 +115,22 @@ def test_a_prefix_on_a_frozen_lora_and_the_reverse():
     assert [p["method"] for p in baked.parts] == ["lora"]
 
 
+@pytest.mark.parametrize("what", [m for m in METHODS if m not in ("lora", "full")])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_what_is_loaded_is_itself_beside_what_is_new(what, goes_on):
+    """A new LoRA adds nothing yet: the output is that of what was loaded, and so is what it becomes."""
+    model, arguments = zoo.build("llama"), with_labels("llama")
+    tuning = trained(model, METHODS[what], arguments, steps=4)
+    want, loaded = zoo.logits(model, **arguments), tuning.bake()
+    tuning.detach()
+    tuning = fw.attach(model, [loaded, METHODS["lora"]], trainable=goes_on)
+    torch.testing.assert_close(zoo.logits(model, **arguments), want, atol=1e-5, rtol=1e-4)
+    again = tuning.bake()
+    tuning.detach()
+    fw.attach(model, again)
+    torch.testing.assert_close(zoo.logits(model, **arguments), want, atol=1e-5, rtol=1e-4)
+
+
 def test_lora_is_pefts():
     """Same seed: same numbers, count, logits and gradients as get_peft_model's."""
     import peft

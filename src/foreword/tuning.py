@@ -113,6 +113,7 @@ class Tuning:
         self.holder = PrefixHolder()
         self.holder.tuning = self
         self.trainable = False
+        self._through_tanh = True  # whether zero-initialised gates are trained, and so stored before their tanh
         self.queries: Queries | None = None
         self._passes = Passes(self)
         self.holder.moved = self._passes.forget
@@ -222,7 +223,8 @@ class Tuning:
                 group[str(i)] = nn.Parameter(torch.zeros(site.heads))
 
     def load_gates(self, prefix: Prefix, trainable: bool) -> None:
-        """Take the gates of a baked prefix."""
+        """Take the gates of a baked prefix, to be trained on or not."""
+        self._through_tanh = trainable
         for i, site in enumerate(self.sites):
             for group, tensors in ((self.holder.bias, prefix.bias), (self.holder.reading, prefix.readings)):
                 if (tensor := tensors.get(site.name)) is not None:
@@ -302,7 +304,7 @@ class Tuning:
         if str(i) not in self.holder.gate:
             return None
         gate: Tensor = self.holder.gate[str(i)]
-        return (torch.tanh(gate) if self.trainable else gate) * strength
+        return (torch.tanh(gate) if self._through_tanh else gate) * strength
 
     # ---------------------------------------------------------------- baking and detaching
 
